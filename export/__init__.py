@@ -1,0 +1,1 @@
+"""From PyTorch stages to a verified artifact."""

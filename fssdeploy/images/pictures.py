@@ -1,0 +1,168 @@
+"""Pictures in: any common file or its bytes to an upright RGB array."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fssdeploy.errors import InputError, MachineError
+from fssdeploy.files import open_file, storage_error
+
+MAX_PIXELS = 150_000_000
+
+# A closed list: the other formats of Pillow are rare, and some of them start other programs.
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_SUFFIXES = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .bmp .gif .webp .pbm .pgm .ppm .pnm .pfm .jp2 .j2k .jpx .avif".split()
+)
+
+# The filters of `warnings` belong to the whole process: two threads may not save and restore them at the same time.
+_warnings_lock = threading.Lock()
+
+
+def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> np.ndarray:
+    """One picture as uint8 (H, W, 3), RGB, upright (the EXIF orientation is applied).
+
+    `source` is a path or the bytes of a file; `name` is what errors call it (default: the path).
+
+    - Transparent parts are laid on white, as browsers and viewers show them.
+    - 16-bit grey is scaled by its full range (65535 becomes 255). 32-bit integers must lie in 0..255 and floats in
+      0..1 (which becomes 0..255); anything else is refused, since its range cannot be known.
+    - Of an animation the first frame is taken. Colour profiles are not applied.
+
+    Raises InputError when the file is missing, a folder, empty, not a picture, damaged, truncated, of an unknown range
+    or above `MAX_PIXELS`; MachineError when the machine refuses to read it.
+    """
+    name = name or _name_of(source)
+    return _to_rgb(open_picture(source, name), name)
+
+
+def open_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+    """The decoded first frame, upright, in whatever mode the file has. Sources and errors as `load_picture`."""
+    name = name or _name_of(source)
+    if isinstance(source, bytes):
+        if not source:
+            raise InputError("file_empty", f"'{name}' is empty", "it has zero bytes", "Send the file again.")
+        return _decode(io.BytesIO(source), name)
+    with open_file(source) as stream:
+        return _decode(stream, name)
+
+
+def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files as given, and the pictures directly in every folder, sorted by name. Hidden files are left out.
+
+    Raises InputError when a path is missing or nothing is found; MachineError when a folder cannot be read.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                found += sorted(file for file in path.iterdir() if _looks_like_picture(file))
+            elif path.exists():
+                found.append(path)
+            else:
+                raise InputError("file_missing", f"'{path}' does not exist", fix="Check the path.")
+        except OSError as error:
+            raise storage_error(error, path) from error
+    if not found:
+        raise InputError(
+            "no_pictures", "no pictures were found", "the folders hold no picture files", "Name files or other folders."
+        )
+    return found
+
+
+def _looks_like_picture(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def _name_of(source: str | os.PathLike[str] | bytes) -> str:
+    return "picture" if isinstance(source, bytes) else os.fspath(source)
+
+
+def _decode(stream: io.BufferedIOBase, name: str) -> Image.Image:
+    try:
+        image = _open_header(stream)
+        if image.width * image.height > MAX_PIXELS:
+            raise _too_large(name)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except (InputError, MachineError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(name) from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            "picture_unreadable",
+            f"'{name}' is not a picture",
+            f"it is none of {', '.join(_FORMATS)}",
+            "Convert it to PNG.",
+        ) from error
+    except MemoryError as error:
+        raise MachineError("no_memory", f"'{name}' cannot be decoded", "there is not enough memory") from error
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        if isinstance(error, OSError) and error.errno:
+            raise storage_error(error, name) from error
+        raise InputError(
+            "picture_damaged",
+            f"'{name}' cannot be decoded",
+            f"it is truncated, damaged or of an unsupported kind ({error})",
+            "Copy or download it again, or convert it to PNG.",
+        ) from error
+
+
+def _open_header(stream: io.BufferedIOBase) -> Image.Image:
+    # Our own limit is checked right after; Pillow's warning below it would only alarm.
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(stream, formats=_FORMATS)
+
+
+def _too_large(name: str) -> InputError:
+    return InputError(
+        "picture_too_large",
+        f"'{name}' is too large",
+        f"it has more than {MAX_PIXELS // 10**6} million pixels",
+        "Cut it into tiles or make it smaller.",
+    )
+
+
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """uint8 (H, W, 3) of an image in any mode."""
+    if image.mode.startswith(("I", "F")):
+        return np.repeat(_to_grey(image, name)[..., None], 3, axis=2)
+    try:
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return np.array(image.convert("RGB"))
+    except ValueError as error:
+        raise InputError(
+            "picture_mode", f"'{name}' has colours of the kind {image.mode}", str(error), "Convert it to RGB."
+        ) from error
+
+
+def _to_grey(image: Image.Image, name: str) -> np.ndarray:
+    """uint8 (H, W) of an image with more than 8 bits of grey."""
+    values = np.asarray(image)
+    # Pillow reads 16-bit PGM as 32-bit integers, already scaled to 16 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    top = 255 if image.mode == "I" else 1
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= top):  # written so that it also refuses NaN
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        raise InputError(
+            "picture_range",
+            f"'{name}' has {kind} from {low} to {high}",
+            f"only 0 to {top} has an agreed meaning",
+            "Convert it to 8 or 16 bits.",
+        )
+    return (values * (255 / top) + 0.5).astype(np.uint8)

@@ -1,0 +1,350 @@
+"""FS-DINO: one frozen DINOv2 encoder and a light segmenter that decodes with what it learned from SAM.
+
+Source: Zhuo et al., "DINOv2-powered Few-Shot Semantic Segmentation: A Unified Framework via Cross-Model Distillation and
+4D Correlation Mining". No code was published; every choice the text leaves open is in docs/fsdino.md.
+
+    encode   picture -> tokens of the last block, embedding (adapter on an early block)
+    enroll   support tokens, mask -> prototype, semantic prompt, folded 4D kernel
+    segment  query tokens and embedding, class state -> mask logits, prior logits
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fssdeploy.errors import InputError
+from fssdeploy.modules.bottleneck_adapter import BottleneckAdapter
+from fssdeploy.modules.correlation4d import Correlation4D
+from fssdeploy.modules.dinov2 import IMAGENET_MEAN, IMAGENET_STD, RELEASED, DinoVisionTransformer, ViTConfig
+from fssdeploy.modules.pooling import cosine_prior, mask_to_tokens, masked_mean
+from fssdeploy.modules.sam_decoder import FourierPosition, MaskDecoder, mask_downscaling
+from fssdeploy.protocol import BATCH, StageSpec, TensorSpec
+
+NAME = "fsdino"
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "variant": ("full", "compact"),
+    "tap_norm": ("final", "none"),
+    "adapter_norm": ("layer", "none"),
+    "adapter_activation": ("gelu", "relu"),
+    "adapter_order": ("pre", "post"),
+    "svp": ("linear", "mlp", "none"),
+    "correlation": ("dot", "cosine"),
+    "upsample": ("exact", "literal"),
+    "geometry": ("squash", "letterbox"),
+}
+
+
+@dataclass(frozen=True)
+class FSDinoConfig:
+    """Sizes and open choices; the numbers in brackets are the rows of docs/fsdino.md."""
+
+    encoder: ViTConfig = field(default_factory=lambda: RELEASED["vitb14"])
+    image_size: int = 518
+    variant: str = "full"  # "compact": the cosine prior alone is the dense prompt [29]
+    tap_block: int = 2  # block index whose tokens feed the adapter [5]
+    tap_norm: str = "final"  # [6]
+    adapter_middle: int = 256
+    adapter_bottleneck: int = 128
+    adapter_ffn: int = 512
+    adapter_heads: int = 1  # [10]
+    adapter_order: str = "pre"  # [10]
+    adapter_norm: str = "layer"  # [9]
+    adapter_activation: str = "gelu"  # [9]
+    train_adapter: bool = False  # the paper's two versions differ: docs/fsdino.md
+    svp: str = "linear"  # [16]
+    correlation: str = "dot"  # [18]
+    correlation_hidden: int = 512
+    correlation_head: tuple[int, int, int] = (256, 128, 32)  # [26]
+    upsample: str = "exact"  # [26]
+    decoder_dim: int = 256
+    decoder_heads: int = 8
+    decoder_mlp: int = 2048
+    geometry: str = "squash"  # [34]
+
+    def __post_init__(self) -> None:
+        for name, allowed in OPTIONS.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError("option_unknown", f"{name} cannot be '{value}'", "", f"Choose {' or '.join(allowed)}.")
+        if self.image_size < 2 * self.encoder.patch or self.image_size % self.encoder.patch:
+            raise InputError(
+                "image_size",
+                f"image size {self.image_size} does not fit",
+                f"pictures are cut into patches of {self.encoder.patch} pixels",
+                f"Use a multiple of {self.encoder.patch}, at least {2 * self.encoder.patch}.",
+            )
+        if not 0 <= self.tap_block < self.encoder.depth:
+            raise InputError("option_unknown", f"tap_block {self.tap_block} is not a block of this encoder")
+        if self.adapter_heads < 1 or self.adapter_bottleneck % self.adapter_heads:
+            raise InputError("option_unknown", f"adapter_heads {self.adapter_heads} does not divide the bottleneck")
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side."""
+        return self.image_size // self.encoder.patch
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> FSDinoConfig:
+        encoder = ViTConfig(**data["encoder"])
+        return FSDinoConfig(**{**data, "encoder": encoder, "correlation_head": tuple(data["correlation_head"])})
+
+
+PRESETS = {
+    "tiny": FSDinoConfig(
+        encoder=ViTConfig(160, 6, 5, table=17),
+        image_size=238,
+        adapter_middle=96,
+        adapter_bottleneck=64,
+        adapter_ffn=256,
+        correlation_hidden=128,
+        correlation_head=(64, 32, 16),
+        decoder_dim=96,
+        decoder_heads=4,
+        decoder_mlp=384,
+    ),
+    "small": FSDinoConfig(encoder=RELEASED["vits14"]),
+    "base": FSDinoConfig(),
+    "large": FSDinoConfig(encoder=RELEASED["vitl14"]),
+}
+
+
+class FSDino(nn.Module):
+    """The whole network. Parameter groups: encoder, adapter, svp, correlation, dense_prompt, position, decoder."""
+
+    def __init__(self, config: FSDinoConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, out = config.encoder.dim, config.decoder_dim
+        self.encoder = DinoVisionTransformer(config.encoder)
+        self.adapter = BottleneckAdapter(
+            dim,
+            config.adapter_middle,
+            config.adapter_bottleneck,
+            config.adapter_ffn,
+            out,
+            heads=config.adapter_heads,
+            order=config.adapter_order,
+            norm=config.adapter_norm,
+            activation=config.adapter_activation,
+        )
+        self.svp = SemanticVisualPrompt(config.svp, dim, out)
+        if config.variant == "full":
+            self.correlation = Correlation4D(
+                config.grid,
+                config.correlation_hidden,
+                config.correlation_head,
+                measure=config.correlation,
+                upsample=config.upsample,
+            )
+        self.dense_prompt = mask_downscaling(out)
+        self.position = FourierPosition(out)
+        self.decoder = MaskDecoder(out, config.decoder_heads, config.decoder_mlp, iou_hidden=out)
+
+    def freeze(self) -> None:
+        """Leave gradients only where stage 2 of the training puts them: never the encoder, the adapter if configured."""
+        self.encoder.requires_grad_(False)
+        self.adapter.requires_grad_(self.config.train_adapter)
+
+    def encode(self, pictures: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pictures (B, 3, S, S), RGB 0..255, uint8 or float -> tokens (B, g*g, C) and embedding (B, D, g, g)."""
+        config = self.config
+        mean = torch.tensor(IMAGENET_MEAN, device=pictures.device).view(1, 3, 1, 1)
+        std = torch.tensor(IMAGENET_STD, device=pictures.device).view(1, 3, 1, 1)
+        normalised = pictures.float() * (1 / (255 * std)) - mean / std
+        dtype = self.encoder.pos_embed.dtype
+        early, tokens = self.encoder(
+            normalised.to(dtype), config.tap_block, tap_norm=config.tap_norm == "final", table=table
+        )
+        rows, columns = (side // config.encoder.patch for side in pictures.shape[-2:])
+        return tokens, self.adapter(early, rows, columns)
+
+    def enroll(self, tokens: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """State of each support by itself: tokens (B, g*g, C), soft mask (B, 1, S, S) -> tensors with leading B.
+
+        The class state of k shots is their plain mean: docs/fsdino.md, choices 37 and 38.
+        """
+        weight = mask_to_tokens(mask, self.config.encoder.patch)
+        state = {"prototype": masked_mean(tokens, weight)}
+        prompt = self.svp.enroll(tokens, weight, state["prototype"])
+        if prompt is not None:
+            state["svp"] = prompt
+        if self.config.variant == "full":
+            state["kernel4d"] = self.correlation.fold(tokens, weight)
+        return state
+
+    def segment(
+        self,
+        tokens: torch.Tensor,
+        embedding: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        position: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask logits and prior logits, each (B, 1, 4g, 4g), for B pairs of a query and a class state."""
+        similarity = cosine_prior(tokens, state["prototype"])
+        response = self.correlation.respond(state["kernel4d"], tokens) if self.config.variant == "full" else None
+        return self.decode(embedding, similarity, response, self.svp.tokens(state.get("svp"), tokens.shape[0]), position)
+
+    def decode(
+        self,
+        embedding: torch.Tensor,
+        similarity: torch.Tensor,
+        response: torch.Tensor | None,
+        sparse: torch.Tensor,
+        position: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part after support and query have met: prior, prompts, mask decoder."""
+        rows, columns = embedding.shape[-2:]
+        if response is not None:
+            prior = self.correlation.mine(response, similarity)
+        else:
+            cosine = similarity.view(-1, 1, rows, columns)
+            prior = F.interpolate(cosine, size=(4 * rows, 4 * columns), mode="bilinear", align_corners=False)
+        if position is None:
+            position = self.position(rows, columns)
+        return self.decoder(embedding, position, sparse, self.dense_prompt(prior)), prior
+
+
+class SemanticVisualPrompt(nn.Module):
+    """The sparse prompt: support features mapped to the decoder's width, then averaged (section 3.4.1, choice 16)."""
+
+    def __init__(self, kind: str, dim: int, out: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "linear":
+            self.proj: nn.Module = nn.Linear(dim, out)
+        elif kind == "mlp":
+            self.proj = nn.Sequential(nn.Linear(dim, out), nn.GELU(), nn.Linear(out, out))
+        else:  # the ablation without this prompt keeps SAM's own initial sparse embedding
+            self.initial = nn.Parameter(torch.randn(1, 1, out))
+
+    def enroll(self, tokens: torch.Tensor, weight: torch.Tensor, prototype: torch.Tensor) -> torch.Tensor | None:
+        """(B, out), or None if the prompt does not depend on the support."""
+        if self.kind == "linear":
+            return self.proj(prototype)  # mapping and averaging commute
+        return masked_mean(self.proj(tokens), weight) if self.kind == "mlp" else None
+
+    def tokens(self, prompt: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """Sparse tokens (B, 1, out) for the decoder."""
+        return self.initial.expand(batch, -1, -1) if prompt is None else prompt.unsqueeze(1)
+
+
+def build(config: FSDinoConfig) -> FSDino:
+    """The network without weights of any meaning; see fssdeploy.weights for filling it."""
+    return FSDino(config).eval()
+
+
+def initialise_untrained(model: FSDino, seed: int) -> None:
+    """Fill every parameter from a seed, scaled so that all parts respond to their input (untrained, for shape checks)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = torch.empty(parameter.shape)
+            if name.endswith("gamma"):
+                value.fill_(0.5)
+            elif parameter.dim() == 1:
+                is_norm_weight = name.endswith("weight")
+                value.normal_(1.0 if is_norm_weight else 0.0, 0.1, generator=generator)
+            elif name.endswith(("pos_embed", "cls_token", "register_tokens", "gaussian_matrix", "tokens.weight")):
+                value.normal_(0, 0.5, generator=generator)
+            else:
+                fan_in = parameter[0].numel() if "output_upscaling" not in name else parameter.shape[0]
+                value.normal_(0, fan_in**-0.5, generator=generator)
+            parameter.copy_(value)
+
+
+def specs(config: FSDinoConfig) -> dict[str, StageSpec]:
+    """The contracts of the three stages."""
+    size, grid, dim, out = config.image_size, config.grid, config.encoder.dim, config.decoder_dim
+
+    def tensor(name: str, shape: tuple[int, ...], meaning: str, dtype: str = "float32") -> TensorSpec:
+        return TensorSpec(name, dtype, (BATCH, *shape), meaning)
+
+    tokens = tensor("tokens", (grid * grid, dim), "patch tokens of the last block, final norm applied")
+    embedding = tensor("embedding", (out, grid, grid), "image embedding for the mask decoder")
+    state = [tensor("prototype", (dim,), "masked mean of the support tokens")]
+    if config.svp != "none":
+        state.append(tensor("svp", (out,), "semantic-aware visual prompt"))
+    if config.variant == "full":
+        state.append(tensor("kernel4d", (config.correlation_hidden, dim), "folded 4D correlation kernel"))
+    return {
+        "encoder": StageSpec(
+            "encoder", (tensor("picture", (3, size, size), "RGB, 0..255", "uint8"),), (tokens, embedding)
+        ),
+        "enroll": StageSpec(
+            "enroll",
+            (tokens, tensor("mask", (1, size, size), "share of the object in every pixel, 0..1")),
+            tuple(state),
+        ),
+        "segment": StageSpec(
+            "segment",
+            (tokens, embedding, *state),
+            (
+                tensor("mask_logits", (1, 4 * grid, 4 * grid), "the object is where these are above 0"),
+                tensor("prior_logits", (1, 4 * grid, 4 * grid), "the soft guess that prompts the decoder"),
+            ),
+        ),
+    }
+
+
+class EncoderStage(nn.Module):
+    def __init__(self, model: FSDino, table: torch.Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("table", table)
+
+    def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tokens, embedding = self.model.encode(picture, self.table)
+        return tokens.float(), embedding.float()
+
+
+class EnrollStage(nn.Module):
+    def __init__(self, model: FSDino) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dtype = self.model.encoder.pos_embed.dtype
+        return tuple(tensor.float() for tensor in self.model.enroll(tokens.to(dtype), mask.to(dtype)).values())
+
+
+class SegmentStage(nn.Module):
+    def __init__(self, model: FSDino, position: torch.Tensor, names: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.register_buffer("position_code", position)
+
+    def forward(self, tokens: torch.Tensor, embedding: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dtype = self.model.encoder.pos_embed.dtype
+        values = {name: tensor.to(dtype) for name, tensor in zip(self.names, state, strict=True)}
+        logits, prior = self.model.segment(tokens.to(dtype), embedding.to(dtype), values, self.position_code)
+        return logits.float(), prior.float()
+
+
+def stages(model: FSDino, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    """Exportable copies of the three stages: tables baked in, LayerScale folded, inside in `dtype`, borders in float32."""
+    grid = model.config.grid
+    # Tables are computed in float32 and cast: the exporter would leave their computation in the graph.
+    with torch.no_grad():
+        table = model.encoder.position_table(grid, grid).detach().clone()
+        position = model.position(grid, grid).detach().clone()
+    exported = copy.deepcopy(model).eval().requires_grad_(False)
+    exported.encoder.fold_layer_scale()
+    exported.to(dtype)
+    names = [spec.name for spec in specs(model.config)["enroll"].outputs]
+    return {
+        "encoder": EncoderStage(exported, table.to(dtype)),
+        "enroll": EnrollStage(exported),
+        "segment": SegmentStage(exported, position.to(dtype), names),
+    }

@@ -58,7 +58,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes, *, sync: bool = False) -> None:
-    """Write `data` to `path` through a temporary sibling: other processes see the old file or the new one, never a part.
+    """Write `data` to `path` through a temporary sibling: others see the old file or the new one, never a part.
 
     `sync` makes it survive a power failure (slower). Raises MachineError; the temporary file never stays.
     """

@@ -99,6 +99,7 @@ class Engine(Protocol):
     """Runs stages. The same interface over PyTorch modules and exported graphs."""
 
     name: str
+    specs: dict[str, StageSpec]
 
     def run(self, stage: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one stage on named arrays; the batch must be one that the stage's spec allows."""

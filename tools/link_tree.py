@@ -6,8 +6,8 @@ that mapping in an editable install; mypy and import-linter look for folders, so
 
 from __future__ import annotations
 
-import re
 import shutil
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,15 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def link_tree(root: Path = ROOT) -> Path:
     """Make the tree anew and return the folder to run the tools in."""
-    package = root / "build" / "tree" / "fssdeploy"
-    shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
+    tree = root / "build" / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    (tree / "fssdeploy").mkdir(parents=True)
     for source in (root / "fssdeploy").iterdir():
-        (package / source.name).symlink_to(source)
-    # The lines of [tool.setuptools.package-dir], read by pattern: Python 3.10 has no TOML reader.
-    for name, folder in re.findall(r'^"fssdeploy\.(\w+)" = "(\w+)"$', (root / "pyproject.toml").read_text(), re.M):
-        (package / name).symlink_to(root / folder)
-    return package.parent
+        (tree / "fssdeploy" / source.name).symlink_to(source)
+    setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package, folder in setuptools["package-dir"].items():
+        link = tree.joinpath(*package.split("."))
+        if not link.exists():
+            link.symlink_to(root / folder)
+    return tree
 
 
 if __name__ == "__main__":

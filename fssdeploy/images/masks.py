@@ -19,6 +19,7 @@ from fssdeploy.images.pictures import open_picture
 from fssdeploy.images.rle import decode_rle
 
 _GREY_LEVELS = 16  # more distinct values than this in a grey mask look like soft edges rather than class numbers
+_MAX_COORDINATE = 1e9  # far outside any picture, and safe to compute with
 
 
 @dataclass
@@ -99,6 +100,7 @@ def load_mask(source: str | os.PathLike[str] | bytes, picture_size: tuple[int, i
     """
     name = "mask" if isinstance(source, bytes) else os.fspath(source)
     array, indexed = _read(source, name, picture_size)
+    name = _shortened(name)
     if array.shape[:2] != tuple(picture_size):
         raise InputError(
             "mask_size",
@@ -163,8 +165,10 @@ def _read(source: str | os.PathLike[str] | bytes, name: str, size: tuple[int, in
 def _read_npy(name: str) -> np.ndarray:
     open_file(name).close()  # for its errors
     try:
-        # Mapped, so that a header that promises a huge array costs nothing before its size is checked.
-        array = np.load(name, mmap_mode="r", allow_pickle=False)
+        # Mapped, so that a header that promises a huge array costs nothing before its size is checked; numpy multiplies
+        # the sides that the header names, which may overflow.
+        with np.errstate(over="raise"):
+            array = np.load(name, mmap_mode="r", allow_pickle=False)
         if isinstance(array, np.ndarray):
             return array
         why = "it is an archive of arrays"
@@ -199,7 +203,7 @@ def _draw(text: str, size: tuple[int, int]) -> np.ndarray:
         numbers = [float(part) for part in rest.split(",")]
     except ValueError:
         numbers = []
-    if not all(map(math.isfinite, numbers)):
+    if not all(abs(number) <= _MAX_COORDINATE for number in numbers):  # written so that it also refuses NaN
         numbers = []
     if kind == "box" and len(numbers) == 4 and numbers[0] < numbers[2] and numbers[1] < numbers[3]:
         x0, y0, x1, y1 = numbers
@@ -209,7 +213,7 @@ def _draw(text: str, size: tuple[int, int]) -> np.ndarray:
     else:
         raise InputError(
             "mask_text",
-            f"'{text}' cannot be read",
+            f"'{_shortened(text)}' cannot be read",
             "it is not box:x0,y0,x1,y1 with x0 < x1 and y0 < y1, nor polygon:x,y,x,y,x,y,... of at least three points",
             "Give numbers of pixels, separated by commas.",
         )
@@ -218,7 +222,7 @@ def _draw(text: str, size: tuple[int, int]) -> np.ndarray:
     if left >= width or top >= height or right <= 0 or bottom <= 0:
         raise InputError(
             "mask_outside",
-            f"'{text}' lies outside the picture",
+            f"'{_shortened(text)}' lies outside the picture",
             f"the picture is {_sides(size)} pixels (height x width)",
             "Give x before y, counted from the upper left corner.",
         )
@@ -238,11 +242,7 @@ def _fill(corners: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _one_channel(array: np.ndarray, name: str) -> np.ndarray:
     """(H, W) of an array whose channels, if any, are all the same."""
-    if (
-        array.ndim == 3
-        and array.shape[2] in (1, 3)
-        and all((array[..., 0] == array[..., i]).all() for i in (1, 2)[: array.shape[2] - 1])
-    ):
+    if array.ndim == 3 and array.shape[2] in (1, 3) and (array == array[..., :1]).all():
         array = array[..., 0]
     if array.ndim != 2 or not array.size:
         raise InputError(
@@ -277,6 +277,11 @@ def _where(values: np.ndarray, label: int | None) -> np.ndarray:
 def _listed(labels: set[int]) -> str:
     first = ", ".join(map(str, sorted(labels)[:20]))
     return first + (f", ... ({len(labels)} in all)" if len(labels) > 20 else "")
+
+
+def _shortened(text: str) -> str:
+    """A polygon may have thousands of corners; an error is one line."""
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _sides(shape: tuple[int, ...]) -> str:

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,7 +21,8 @@ MAX_PIXELS = 150_000_000
 # A closed list: the other formats of Pillow are rare, and some of them start other programs.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM", "JPEG2000", "AVIF")
 _SUFFIXES = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .tif .tiff .bmp .gif .webp .pbm .pgm .ppm .pnm .pfm .jp2 .j2k .jpx .avif".split()
+    [".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".tif", ".tiff", ".bmp", ".gif", ".webp"]
+    + [".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx", ".avif"]
 )
 
 # The filters of `warnings` belong to the whole process: two threads may not save and restore them at the same time.
@@ -86,7 +88,7 @@ def _name_of(source: str | os.PathLike[str] | bytes) -> str:
     return "picture" if isinstance(source, bytes) else os.fspath(source)
 
 
-def _decode(stream: io.BufferedIOBase, name: str) -> Image.Image:
+def _decode(stream: IO[bytes], name: str) -> Image.Image:
     try:
         image = _open_header(stream)
         if image.width * image.height > MAX_PIXELS:
@@ -118,7 +120,7 @@ def _decode(stream: io.BufferedIOBase, name: str) -> Image.Image:
         ) from error
 
 
-def _open_header(stream: io.BufferedIOBase) -> Image.Image:
+def _open_header(stream: IO[bytes]) -> Image.Image:
     # Our own limit is checked right after; Pillow's warning below it would only alarm.
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -138,15 +140,10 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     """uint8 (H, W, 3) of an image in any mode."""
     if image.mode.startswith(("I", "F")):
         return np.repeat(_to_grey(image, name)[..., None], 3, axis=2)
-    try:
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return np.array(image.convert("RGB"))
-    except ValueError as error:
-        raise InputError(
-            "picture_mode", f"'{name}' has colours of the kind {image.mode}", str(error), "Convert it to RGB."
-        ) from error
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
 
 
 def _to_grey(image: Image.Image, name: str) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco
+from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from fssdeploy.errors import InputError
 from fssdeploy.images.pictures import MAX_PIXELS
@@ -15,7 +15,13 @@ _MAX_CHARACTERS = 6  # of one number: 30 bits hold every run of a picture of MAX
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """Mask bool (H, W) to ``{"size": [H, W], "counts": compressed text}``, as in COCO's JSON files."""
+    """Mask bool (H, W) to ``{"size": [H, W], "counts": compressed text}``, as in COCO's JSON files.
+
+    Raises InputError when it is not a mask of two dimensions.
+    """
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.ndim != 2 or not mask.size:
+        raise InputError("mask_shape", f"an array {mask.dtype} {mask.shape} is not a mask", "it must be bool (H, W)")
     encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
@@ -39,7 +45,8 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
     if (runs < 0).any() or runs.sum() != height * width:
         raise _malformed(f"its runs do not add up to {height} x {width} pixels")
     # Runs go down the columns and alternate, beginning with background.
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height)
+    return np.ascontiguousarray(columns.T)
 
 
 def _size(rle: Mapping[str, Any]) -> tuple[int, int]:
@@ -53,7 +60,7 @@ def _size(rle: Mapping[str, Any]) -> tuple[int, int]:
 
 def _runs_of_text(text: str | bytes) -> np.ndarray:
     """The run lengths in COCO's text: 5 bits a character from '0' up, the sixth bit says that the number goes on."""
-    data = text.encode("utf-8") if isinstance(text, str) else text
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     digits = np.frombuffer(data, np.uint8).astype(np.int64) - ord("0")
     goes_on = (digits & 32) != 0
     if not digits.size or digits.min() < 0 or digits.max() > 63 or goes_on[-1]:

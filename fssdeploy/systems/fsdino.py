@@ -332,19 +332,23 @@ class SegmentStage(nn.Module):
         return logits.float(), prior.float()
 
 
-def stages(model: FSDino, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
-    """Exportable copies of the three stages: tables baked in, LayerScale folded, inside in `dtype`, borders in float32."""
+def reference_stages(model: FSDino) -> dict[str, nn.Module]:
+    """The three stages over the network itself, in float32: what exported graphs are compared with."""
     grid = model.config.grid
-    # Tables are computed in float32 and cast: the exporter would leave their computation in the graph.
+    # Tables are computed in float32 beforehand: the exporter would leave their computation in the graph.
     with torch.no_grad():
         table = model.encoder.position_table(grid, grid).detach().clone()
         position = model.position(grid, grid).detach().clone()
-    exported = copy.deepcopy(model).eval().requires_grad_(False)
-    exported.encoder.fold_layer_scale()
-    exported.to(dtype)
     names = [spec.name for spec in specs(model.config)["enroll"].outputs]
     return {
-        "encoder": EncoderStage(exported, table.to(dtype)),
-        "enroll": EnrollStage(exported),
-        "segment": SegmentStage(exported, position.to(dtype), names),
+        "encoder": EncoderStage(model, table),
+        "enroll": EnrollStage(model),
+        "segment": SegmentStage(model, position, names),
     }
+
+
+def stages(model: FSDino, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    """Exportable copies of the three stages: LayerScale folded, inside in `dtype`, borders in float32."""
+    exported = copy.deepcopy(reference_stages(model))
+    exported["encoder"].model.encoder.fold_layer_scale()
+    return {name: stage.eval().requires_grad_(False).to(dtype) for name, stage in exported.items()}

@@ -1,0 +1,353 @@
+"""Writing an artifact: export every stage, lint, prove parity, seal with a manifest, rename into place.
+
+Everything is written to a temporary sibling directory, which is renamed only when all checks hold: at every moment the
+target is the old artifact, the new one, or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fssdeploy
+from fssdeploy.artifact import FORMAT, MANIFEST, digest, file_sha256
+from fssdeploy.engines import available_cores, open_engine
+from fssdeploy.engines.torch import TorchEngine
+from fssdeploy.errors import CheckFailedError, InputError
+from fssdeploy.export.lint import Finding, lint
+from fssdeploy.export.onnx import OPSET, OPSET_BF16, StageFiles, export_stage
+from fssdeploy.export.parity import check_parity, parity_report
+from fssdeploy.files import storage_error
+from fssdeploy.protocol import StageSpec
+from fssdeploy.report import Report, Table
+from fssdeploy.systems import fsdino
+from fssdeploy.weights.fsdino import Provenance, fingerprint
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PARITY = "parity.json"
+# ONNX Runtime's fused attention pays in the encoder (long rows); in the decoder with its six tokens it does not.
+FUSED_STAGES = ("encoder",)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export and how. `components` is a subset of the system's stages, in their order."""
+
+    preset: str
+    config: fsdino.FSDinoConfig
+    components: tuple[str, ...]
+    precision: str = "fp32"
+    dynamic_batch: bool = False
+
+    @property
+    def specs(self) -> dict[str, StageSpec]:
+        """Contracts of the chosen stages; without a dynamic batch it is fixed at 1."""
+        specs = {name: spec for name, spec in fsdino.specs(self.config).items() if name in self.components}
+        return specs if self.dynamic_batch else {name: _fixed(spec) for name, spec in specs.items()}
+
+
+def choose_components(text: str) -> tuple[str, ...]:
+    """"all" or a comma-separated list of stage names. InputError for an unknown one."""
+    known = tuple(fsdino.specs(fsdino.PRESETS["tiny"]))
+    if text == "all":
+        return known
+    wanted = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [part for part in wanted if part not in known]
+    if unknown or not wanted:
+        raise InputError(
+            "component_unknown",
+            f"there is no component '{unknown[0] if unknown else text}'",
+            "",
+            f"Choose from: all, {', '.join(known)}.",
+        )
+    return tuple(name for name in known if name in wanted)
+
+
+def plan(request: ExportRequest) -> Report:
+    """What an export would write, without weights: files, shapes, parameters, estimated size."""
+    with torch.device("meta"):
+        model = fsdino.build(request.config)
+    width = torch.empty(0, dtype=PRECISIONS[request.precision]).element_size()
+    table = Table("files", ["file", "inputs", "outputs", "parameters", "MB"], [])
+    total, stages = 0.0, {}
+    for name, spec in request.specs.items():
+        count = stage_parameters(model, name)
+        size = count * width / 1e6
+        total += size
+        inputs, outputs = (
+            "\n".join(f"{tensor.name} {tensor.dtype} {tensor.shape_text()}" for tensor in side)
+            for side in (spec.inputs, spec.outputs)
+        )
+        table.rows.append([f"{name}.onnx + .onnx.data", inputs, outputs, f"{count:,}", f"{size:.1f}"])
+        stages[name] = {"parameters": count, "megabytes": size, "spec": spec.to_dict()}
+    facts = {"preset": request.preset, "precision": request.precision, "estimated size": f"{total:.1f} MB"}
+    data = {"dry_run": True, "preset": request.preset, "stages": stages, "megabytes": total}
+    return Report("export plan (nothing written)", facts, [table], [f"Also: {MANIFEST}, {PARITY}."], data)
+
+
+def stage_parameters(model: fsdino.FSDino, stage: str) -> int:
+    """Parameters that end up in the graph of a stage (tables baked in are not counted)."""
+    fixed = model.position.positional_encoding_gaussian_matrix.numel()
+
+    def count(*modules: torch.nn.Module) -> int:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    full = model.config.variant == "full"
+    projection = count(model.correlation.project) if full else 0
+    kept_bias = model.config.correlation_hidden if full else 0
+    if stage == "encoder":
+        return count(model.encoder, model.adapter) - model.encoder.mask_token.numel()
+    if stage == "enroll":
+        return count(model.svp) * (model.config.svp != "none") + projection - kept_bias
+    decoder = model.decoder
+    unused = count(decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps[1:])
+    segmenter = count(model.dense_prompt, model.position, decoder) - fixed - unused
+    correlation = count(model.correlation) - projection + kept_bias if full else 0
+    return segmenter + correlation + count(model.svp) * (model.config.svp == "none")
+
+
+def export_artifact(
+    model: fsdino.FSDino,
+    provenance: Provenance,
+    request: ExportRequest,
+    out: str | os.PathLike[str],
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Export, lint and check `model`, then put the artifact at `out`, replacing an artifact that is there.
+
+    CheckFailedError if lint or parity fails, InputError if `out` is something else than an artifact, MachineError if
+    it cannot be written; in all cases nothing stays behind and what was at `out` is untouched.
+    """
+    target = Path(out)
+    with _staging(target) as folder:
+        files, findings = _write_graphs(model, request, folder, progress)
+        parity = _check(model, request, folder, files, progress)
+        (folder / PARITY).write_text(json.dumps(parity, indent=1), "utf-8")
+        progress("sealing")
+        manifest = _manifest(model, provenance, request, folder, files)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        _sync(folder)
+        _promote(folder, target)
+    return _report(target, manifest, parity, findings)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target`, gone afterwards whatever happens; refuses to replace foreign folders."""
+    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(
+            "out_occupied",
+            f"'{target}' exists and is not an artifact",
+            "it would be replaced",
+            "Choose another --out.",
+        )
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+    except OSError as error:
+        raise storage_error(error, target) from error
+    try:
+        folder.chmod(0o755)
+        yield folder
+    except OSError as error:
+        raise storage_error(error, target) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_graphs(
+    model: fsdino.FSDino, request: ExportRequest, folder: Path, progress: Callable[[str], None]
+) -> tuple[dict[str, StageFiles], list[Finding]]:
+    """All graphs of the chosen stages, linted. CheckFailedError names the first broken rule."""
+    modules = fsdino.stages(model, PRECISIONS[request.precision])
+    bf16 = request.precision == "bf16"
+    files: dict[str, StageFiles] = {}
+    findings: list[Finding] = []
+    for name, spec in request.specs.items():
+        progress(f"exporting {name}")
+        # ONNX Runtime's fused kernel on the CPU knows float32 only.
+        fuse = name in FUSED_STAGES and request.precision == "fp32"
+        files[name] = export_stage(
+            modules[name],
+            spec,
+            folder,
+            dynamic_batch=request.dynamic_batch,
+            precision=request.precision,
+            fuse=fuse,
+        )
+        progress(f"linting {name}")
+        target_opset = OPSET_BF16 if bf16 else OPSET
+        found = lint(folder / files[name].portable, spec, target_opset=target_opset, precision=request.precision)
+        if variant := files[name].onnxruntime:
+            allowed = frozenset({"com.microsoft"})
+            found += lint(folder / variant, spec, target_opset=target_opset, allowed_domains=allowed)
+        findings.extend(found)
+    broken = [finding for finding in findings if finding.severity == "error"]
+    if broken:
+        raise CheckFailedError(
+            "lint_failed", f"graph lint: {broken[0].rule} at {broken[0].node}", broken[0].message, "Nothing was written."
+        )
+    return files, findings
+
+
+def _check(
+    model: fsdino.FSDino,
+    request: ExportRequest,
+    folder: Path,
+    files: Mapping[str, StageFiles],
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Parity of every graph that was written. CheckFailedError names the first component that drifts."""
+    # The reference is the network itself, not the folded copy the graphs were traced from.
+    reference = TorchEngine(fsdino.reference_stages(model), fsdino.specs(request.config))
+    graphs = {name: folder / stage.portable for name, stage in files.items()}
+    runtime = parity_runtime(request.precision)
+    candidates = {f"{runtime} (portable)": open_engine(runtime, graphs, request.specs, threads=available_cores())}
+    if any(stage.onnxruntime for stage in files.values()):
+        fused = {name: folder / (stage.onnxruntime or stage.portable) for name, stage in files.items()}
+        candidates["onnxruntime (fused)"] = open_engine("onnxruntime", fused, request.specs, threads=available_cores())
+    result = check_parity(
+        reference, candidates, request.specs, preprocessing(request.config), request.precision, progress
+    )
+    if not result["holds"]:
+        raise CheckFailedError(
+            "parity_failed",
+            f"the exported graphs do not compute what PyTorch computes: {result['first_drift']}",
+            _drift_text(result),
+            "Nothing was written. Try --precision fp32, or report this with the versions that fssdeploy doctor prints.",
+        )
+    return result
+
+
+def parity_runtime(precision: str) -> str:
+    """ONNX Runtime, except for bfloat16, which its CPU kernels do not take."""
+    return "openvino" if precision == "bf16" else "onnxruntime"
+
+
+def preprocessing(config: fsdino.FSDinoConfig) -> dict[str, Any]:
+    """How pictures become the encoder's input; part of what a bank is bound to (through the configuration)."""
+    return {"canvas": config.image_size, "patch": config.encoder.patch, "geometry": config.geometry}
+
+
+def _manifest(
+    model: fsdino.FSDino,
+    provenance: Provenance,
+    request: ExportRequest,
+    folder: Path,
+    files: Mapping[str, StageFiles],
+) -> dict[str, Any]:
+    packages = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    stages = {
+        name: {
+            "spec": spec.to_dict(),
+            "files": {
+                "portable": files[name].portable,
+                "weights": files[name].weights,
+                **({"onnxruntime": files[name].onnxruntime} if files[name].onnxruntime else {}),
+            },
+            "parameters": stage_parameters(model, name),
+        }
+        for name, spec in request.specs.items()
+    }
+    sealed = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
+    }
+    manifest = {
+        "format": FORMAT,
+        "system": fsdino.NAME,
+        "preset": request.preset,
+        "config": request.config.to_dict(),
+        "precision": request.precision,
+        "dynamic_batch": request.dynamic_batch,
+        "kshot": "mean",
+        "weights": provenance.to_dict(),
+        "fingerprint": fingerprint(model),
+        "preprocessing": preprocessing(request.config),
+        "stages": stages,
+        "files": sealed,
+        "versions": {
+            "fssdeploy": fssdeploy.__version__,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+    }
+    # Tuples become lists now, so that the digest is the one a reader computes.
+    manifest = json.loads(json.dumps(manifest))
+    manifest["digest"] = digest(manifest)
+    return manifest
+
+
+def _sync(folder: Path) -> None:
+    """Force files and folder to disk, so that the rename cannot overtake their contents."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _promote(folder: Path, target: Path) -> None:
+    """Rename into place; an old artifact is moved aside first and moved back if the rename fails."""
+    if not target.exists():
+        os.rename(folder, target)
+        return
+    aside = folder.with_name(folder.name + ".old")
+    os.rename(target, aside)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _drift_text(result: Mapping[str, Any]) -> str:
+    for row in result["tensors"]:
+        if not row["holds"]:
+            return (
+                f"max/std {row['max_abs_over_std']:.1e} (limit {result['tolerance']['max_abs_over_std']:g}), "
+                f"1-cos {row['one_minus_cosine']:.1e} (limit {result['tolerance']['one_minus_cosine']:g})"
+            )
+    row = next(row for row in result["masks"] if not row["holds"])
+    return f"mask IoU {row['iou']:.4f} (limit {result['tolerance']['mask_iou']:g}), {row['flipped']:.1e} pixels flipped"
+
+
+def _report(
+    target: Path, manifest: Mapping[str, Any], parity: Mapping[str, Any], findings: Sequence[Finding]
+) -> Report:
+    weights = manifest["weights"]
+    facts: dict[str, object] = {
+        "artifact": str(target),
+        "system": f"{manifest['system']} {manifest['preset']}, {manifest['precision']}",
+        "weights": weights["status"],
+        "fingerprint": manifest["fingerprint"][:16],
+    }
+    files = Table("files", ["file", "MB"], [[n, f"{f['bytes'] / 1e6:.2f}"] for n, f in manifest["files"].items()])
+    proof = parity_report(parity)
+    notes = [f"lint: {finding.message}" for finding in findings]
+    if weights["status"] != "trained":
+        notes.insert(0, f"UNTRAINED weights ({', '.join(weights['untrained_groups'])}): the masks mean nothing.")
+    facts.update({f"parity: {key}": value for key, value in proof.facts.items()})
+    data = {"artifact": str(target), "manifest": dict(manifest), "parity": dict(parity), "notes": notes}
+    return Report("export", facts, [files, *proof.tables], notes, data)
+
+
+def _fixed(spec: StageSpec) -> StageSpec:
+    from dataclasses import replace
+
+    def fix(tensors: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(replace(tensor, shape=(1, *tensor.shape[1:])) for tensor in tensors)
+
+    return StageSpec(spec.name, fix(spec.inputs), fix(spec.outputs))

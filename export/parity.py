@@ -1,0 +1,278 @@
+"""Proof that an exported system computes what PyTorch computes: tensors stage by stage, then masks end to end.
+
+Every stage first gets the reference's own inputs, so that the first stage out of tolerance is the one that drifts; then
+the exported stages are chained through the same pipeline that deployment uses, and the masks are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fssdeploy.errors import MachineError
+from fssdeploy.images.geometry import fit_mask, fit_picture, place
+from fssdeploy.pipeline import StagedSystem, run_in_chunks
+from fssdeploy.protocol import Engine, StageSpec
+from fssdeploy.report import Report, Table
+
+ODD_BATCH = 3
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Limits against float32 PyTorch. Differences are divided by the standard deviation of the reference tensor."""
+
+    max_abs_over_std: float
+    one_minus_cosine: float
+    mask_iou: float
+    flipped: float  # share of the pixels
+
+
+# Origin: docs/export.md, "Tolerances": worst case over pictures of a 12-block network with outlier channels, with margin.
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-9, 0.9995, 1e-4),
+    "fp16": Tolerance(0.05, 1e-5, 0.99, 5e-3),
+    "bf16": Tolerance(0.25, 5e-4, 0.97, 2e-2),
+}
+ORIGIN = "measured on natural pictures against float64 with lively weights; docs/export.md, section Tolerances"
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """One output of one stage, on one batch. `holds` says whether both limits are kept."""
+
+    engine: str
+    stage: str
+    output: str
+    inputs: str
+    batch: int
+    max_abs: float
+    max_relative: float
+    max_abs_over_std: float
+    one_minus_cosine: float
+    holds: bool
+
+
+@dataclass(frozen=True)
+class MaskResult:
+    """One mask, cut at logit 0 and at the median logit (harsher: no easy background)."""
+
+    engine: str
+    query: str
+    shots: int
+    cut: str
+    iou: float
+    flipped: float
+    foreground: float
+    holds: bool
+
+
+def natural_pictures() -> dict[str, np.ndarray]:
+    """Photographs that come with scikit-image. MachineError if it is not installed."""
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise MachineError(
+            "package_missing",
+            "parity needs natural pictures",
+            "scikit-image is not installed",
+            "Run: pip install 'fssdeploy[export]'",
+        ) from error
+    return {name: getattr(data, name)() for name in ("astronaut", "chelsea", "coffee", "rocket")}
+
+
+def check_parity(
+    reference: Engine,
+    candidates: Mapping[str, Engine],
+    specs: Mapping[str, StageSpec],
+    preprocessing: Mapping[str, Any],
+    precision: str,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Compare every candidate with the reference; the result is what ``parity.json`` holds.
+
+    Its entry `holds` is the verdict, `first_drift` the first stage and output over tolerance.
+    """
+    tolerance = TOLERANCES[precision]
+    pictures = natural_pictures()
+    tensors: list[TensorResult] = []
+    masks: list[MaskResult] = []
+    inputs = _reference_inputs(reference, specs, preprocessing, pictures)
+    for name, engine in candidates.items():
+        for stage in specs:
+            progress(f"parity: {stage} on {name}")
+            tensors.extend(_compare_stage(reference, engine, name, specs[stage], inputs[stage], tolerance))
+    if {"encoder", "enroll", "segment"} <= set(specs):
+        systems = {
+            name: StagedSystem("parity", specs, engine, preprocessing, "")
+            for name, engine in {"": reference, **candidates}.items()
+        }
+        for shots in (1, 2):
+            progress(f"parity: masks, {shots}-shot")
+            masks.extend(_compare_masks(systems, pictures, shots, tolerance))
+    drift = next((f"{r.stage}.{r.output} on {r.engine}" for r in tensors if not r.holds), None)
+    if drift is None:
+        drift = next((f"mask of '{r.query}' on {r.engine}" for r in masks if not r.holds), None)
+    return {
+        "holds": drift is None,
+        "first_drift": drift,
+        "precision": precision,
+        "reference": {**reference.describe(), "precision": "fp32"},
+        "engines": {name: engine.describe() for name, engine in candidates.items()},
+        "tolerance": {**asdict(tolerance), "origin": ORIGIN},
+        "pictures": [*pictures, "constant", "noise", "empty mask"],
+        "tensors": [asdict(result) for result in tensors],
+        "masks": [asdict(result) for result in masks],
+    }
+
+
+def parity_report(result: Mapping[str, Any]) -> Report:
+    """The worst figure of every output and of the masks, as text."""
+    limits = result["tolerance"]
+    worst = Table("tensors, worst case", ["engine", "stage", "output", "max abs", "max rel", "max/std", "1-cos", "ok"], [])
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for row in result["tensors"]:
+        groups.setdefault((row["engine"], row["stage"], row["output"]), []).append(row)
+    for key, rows in groups.items():
+        figures = ("max_abs", "max_relative", "max_abs_over_std", "one_minus_cosine")
+        columns = [f"{max(row[figure] for row in rows):.1e}" for figure in figures]
+        worst.rows.append([*key, *columns, "yes" if all(row["holds"] for row in rows) else "NO"])
+    masks = Table("masks", ["engine", "cut", "masks", "lowest IoU", "most flipped", "foreground", "ok"], [])
+    cuts: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in result["masks"]:
+        cuts.setdefault((row["engine"], row["cut"]), []).append(row)
+    for (engine, cut), rows in cuts.items():
+        spread = f"{min(row['foreground'] for row in rows):.0%} to {max(row['foreground'] for row in rows):.0%}"
+        masks.rows.append(
+            [
+                engine,
+                cut,
+                len(rows),
+                f"{min(row['iou'] for row in rows):.4f}",
+                f"{max(row['flipped'] for row in rows):.1e}",
+                spread,
+                "yes" if all(row["holds"] for row in rows) else "NO",
+            ]
+        )
+    facts = {
+        "verdict": "holds" if result["holds"] else f"FAILS, first drift: {result['first_drift']}",
+        "precision": result["precision"],
+        "limits": f"max/std {limits['max_abs_over_std']:g}, 1-cos {limits['one_minus_cosine']:g}, "
+        f"IoU {limits['mask_iou']:g}, flipped {limits['flipped']:g}",
+        "origin of the limits": limits["origin"],
+    }
+    return Report("parity with PyTorch float32", facts, [worst, masks], [], dict(result))
+
+
+def _reference_inputs(
+    reference: Engine,
+    specs: Mapping[str, StageSpec],
+    preprocessing: Mapping[str, Any],
+    pictures: Mapping[str, np.ndarray],
+) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """Inputs of every stage by kind ("natural", "degenerate"), all computed by the reference; ODD_BATCH rows each."""
+    canvas = preprocessing["canvas"]
+
+    def fit(picture: np.ndarray) -> np.ndarray:
+        return fit_picture(picture, place(*picture.shape[:2], canvas, preprocessing["geometry"])).transpose(2, 0, 1)
+
+    noise = np.random.default_rng(0).integers(0, 256, (3, canvas, canvas), np.uint8)
+    constant = np.full((3, canvas, canvas), 255, np.uint8)
+    kinds = {
+        "natural": np.stack([fit(picture) for picture in list(pictures.values())[:ODD_BATCH]]),
+        "degenerate": np.stack([constant, noise, fit(next(iter(pictures.values())))]),
+    }
+    # The last mask of the degenerate rows is empty: enrolment refuses it, but the graph must still give numbers.
+    boxes = np.zeros((ODD_BATCH, 1, canvas, canvas), np.float32)
+    for row in range(ODD_BATCH - 1):
+        boxes[row, 0, canvas // 4 : canvas // 2, canvas // 4 : canvas - canvas // (row + 3)] = 1
+    filled = boxes.copy()
+    filled[-1, 0, canvas // 3 :, : canvas // 2] = 1
+    inputs: dict[str, dict[str, dict[str, np.ndarray]]] = {stage: {} for stage in specs}
+    for kind, batch in kinds.items():
+        known: dict[str, np.ndarray] = {"picture": batch, "mask": filled if kind == "natural" else boxes}
+        for stage, spec in reference.specs.items():  # in order, also those that are not exported
+            needed = {tensor.name: known[tensor.name] for tensor in spec.inputs}
+            known.update(run_in_chunks(reference, spec, needed, chunk=1))
+            if stage in inputs:
+                inputs[stage][kind] = needed
+    return inputs
+
+
+def _compare_stage(
+    reference: Engine,
+    engine: Engine,
+    name: str,
+    spec: StageSpec,
+    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    tolerance: Tolerance,
+) -> Iterable[TensorResult]:
+    """Batch 1 and an odd batch on natural pictures, the odd batch on degenerate ones."""
+    scales: dict[str, float] = {}
+    for kind, arrays in inputs.items():
+        expected = run_in_chunks(reference, spec, arrays, chunk=1)
+        # A degenerate input may give a nearly constant tensor: the scale is the one natural pictures give.
+        scales = scales or {output: float(array.std()) for output, array in expected.items()}
+        for batch in (1, ODD_BATCH) if kind == "natural" else (ODD_BATCH,):
+            got = run_in_chunks(engine, spec, {key: array[:batch] for key, array in arrays.items()}, chunk=ODD_BATCH)
+            for output, array in got.items():
+                yield _compare_tensor(
+                    array, expected[output][:batch], scales[output], tolerance, (name, spec.name, output, kind, batch)
+                )
+
+
+def _compare_tensor(
+    got: np.ndarray, expected: np.ndarray, scale: float, tolerance: Tolerance, where: tuple[str, str, str, str, int]
+) -> TensorResult:
+    x, y = got.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+    difference = np.abs(x - y)
+    max_abs = float(difference.max())
+    norms = float(np.linalg.norm(x) * np.linalg.norm(y))
+    cosine_loss = max(0.0, 1 - float(x @ y) / norms) if norms else float(max_abs > 0)
+    relative = float((difference / np.maximum(np.abs(y), 1e-3 * scale + 1e-30)).max())
+    over_std = max_abs / (scale + 1e-30)
+    # A comparison with NaN is false, so NaN anywhere fails.
+    holds = over_std <= tolerance.max_abs_over_std and cosine_loss <= tolerance.one_minus_cosine
+    return TensorResult(*where, max_abs, relative, over_std, cosine_loss, holds)
+
+
+def _compare_masks(
+    systems: Mapping[str, StagedSystem], pictures: Mapping[str, np.ndarray], shots: int, tolerance: Tolerance
+) -> Iterable[MaskResult]:
+    """Enrol `shots` pictures with a box each, segment the others: every candidate against the reference (named "")."""
+    names = list(pictures)
+    supports, queries = names[:shots], names[shots:]
+    answers: dict[str, list[np.ndarray]] = {}
+    for engine, system in systems.items():
+        boxes = [_centre_box(pictures[name].shape[:2]) for name in supports]
+        state = system.enroll(system.encode([pictures[name] for name in supports]), boxes)
+        found = system.segment(system.encode([pictures[name] for name in queries]), {"box": state})
+        answers[engine] = [logits["box"] for logits in found.logits]
+    for engine, logits in answers.items():
+        if not engine:
+            continue
+        for query, got, expected in zip(queries, logits, answers[""], strict=True):
+            for cut, threshold in (("0", 0.0), ("median", float(np.median(expected)))):
+                yield _compare_mask(got > threshold, expected > threshold, tolerance, (engine, query, shots, cut))
+
+
+def _compare_mask(
+    got: np.ndarray, expected: np.ndarray, tolerance: Tolerance, where: tuple[str, str, int, str]
+) -> MaskResult:
+    union = int((got | expected).sum())
+    iou = float((got & expected).sum() / union) if union else 1.0
+    flipped = float((got != expected).mean())
+    # On a mask of a few pixels a single one moves the IoU below any limit.
+    one_or_two = int((got != expected).sum()) <= 2
+    holds = flipped <= tolerance.flipped and (iou >= tolerance.mask_iou or one_or_two)
+    return MaskResult(*where, iou, flipped, float(expected.mean()), holds)
+
+
+def _centre_box(size: Sequence[int]) -> np.ndarray:
+    height, width = size
+    box = np.zeros((height, width), bool)
+    box[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = True
+    return box

@@ -1,0 +1,7 @@
+"""`fssdeploy bench`."""
+
+from __future__ import annotations
+
+
+def bench() -> None:
+    """placeholder"""

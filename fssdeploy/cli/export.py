@@ -1,0 +1,114 @@
+"""`fssdeploy export`: a system to an artifact of verified graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fssdeploy.cli.common import Json, emit, progress_lines
+from fssdeploy.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from fssdeploy.systems.fsdino import FSDinoConfig
+
+UNTRAINED_SEED = 0
+
+
+def export(
+    system: Annotated[str, typer.Argument(help="The system to export: fsdino.")],
+    preset: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "tiny",
+    weights: Annotated[list[Path] | None, typer.Option(help="Checkpoint; several add up (encoder, decoder, ...).")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the encoder's canvas, in pixels.")] = None,
+    variant: Annotated[str | None, typer.Option(help="full, or compact (no 4D correlation).")] = None,
+    options: Annotated[list[str] | None, typer.Option("--set", help="An open choice: NAME=VALUE (docs/fsdino.md).")] = None,
+    components: Annotated[str, typer.Option(help="all, or some of encoder,enroll,segment.")] = "all",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16 inside the graphs; inputs and outputs stay.")] = "fp32",
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Let the batch size vary.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The artifact's directory; default: artifacts/SYSTEM-PRESET.")] = None,
+    untrained: Annotated[bool, typer.Option(help="Fill what no checkpoint covers from a seed, and say so.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be written.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export SYSTEM to ONNX and prove that the graphs compute what PyTorch computes."""
+    require_export_extra()
+    with progress_lines(as_json) as progress:
+        progress("loading PyTorch")
+        from fssdeploy.export.artifact import PRECISIONS, ExportRequest, choose_components, export_artifact, plan
+        from fssdeploy.systems import get_system
+        from fssdeploy.weights.fsdino import fill
+
+        module = get_system(system)
+        config = configure(system, preset, image_size=image_size, variant=variant, options=options or [])
+        if precision not in PRECISIONS:
+            raise InputError(
+                "precision_unknown", f"there is no precision '{precision}'", "", f"Choose from: {', '.join(PRECISIONS)}."
+            )
+        request = ExportRequest(preset, config, choose_components(components), precision, dynamic_batch)
+        if dry_run:
+            report = plan(request)
+        else:
+            progress("building the network")
+            model = module.build(config)
+            # The tiny preset has no trained weights yet: seeded ones, said so in every output.
+            seeded = untrained or (preset == "tiny" and not weights)
+            provenance = fill(model, weights or [], UNTRAINED_SEED if seeded else None)
+            target = out or Path("artifacts") / f"{system}-{preset}"
+            report = export_artifact(model, provenance, request, target, progress)
+    emit(report, as_json)
+
+
+def configure(
+    system: str, preset: str, *, image_size: int | None = None, variant: str | None = None, options: list[str] | None = None
+) -> FSDinoConfig:
+    """The configuration of a preset with the choices of the command line. InputError for an unknown name or value."""
+    from fssdeploy.systems import get_system
+
+    presets = get_system(system).PRESETS
+    if preset not in presets:
+        raise InputError("preset_unknown", f"there is no preset '{preset}'", "", f"Choose from: {', '.join(presets)}.")
+    config: FSDinoConfig = presets[preset]
+    changes: dict[str, object] = {}
+    encoder: dict[str, object] = {}
+    for option in options or []:
+        name, _, text = option.partition("=")
+        target = encoder if name == "registers" else changes
+        target[name] = _typed(config.encoder if name == "registers" else config, name, text)
+    if encoder:  # the released networks with registers resample their position table in another way
+        encoder |= {"interpolate_antialias": True, "interpolate_offset": 0.0}
+    if image_size is not None:
+        changes["image_size"] = image_size
+    if variant is not None:
+        changes["variant"] = variant
+    return dataclasses.replace(config, **changes, encoder=dataclasses.replace(config.encoder, **encoder))  # type: ignore[arg-type]
+
+
+def _typed(config: object, name: str, text: str) -> object:
+    """The text of an option in the type of its field."""
+    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}  # type: ignore[arg-type]
+    current = fields.get(name)
+    if not isinstance(current, bool | int | str):
+        settable = sorted([key for key, value in fields.items() if isinstance(value, bool | int | str)] + ["registers"])
+        raise InputError("option_unknown", f"there is no option '{name}'", "", f"Choose from: {', '.join(settable)}.")
+    try:
+        if isinstance(current, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return int(text) if isinstance(current, int) else text
+    except (ValueError, KeyError) as error:
+        kind = "true or false" if isinstance(current, bool) else "a whole number"
+        raise InputError("option_unknown", f"{name} cannot be '{text}'", "", f"It is {kind}.") from error
+
+
+def require_export_extra() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise MachineError(
+            "package_missing",
+            "export needs PyTorch",
+            f"not installed: {', '.join(missing)}",
+            "Run: pip install 'fssdeploy[export]'",
+        )

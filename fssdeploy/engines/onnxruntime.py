@@ -1,0 +1,59 @@
+"""Stages on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from fssdeploy.errors import IntegrityError
+from fssdeploy.protocol import StageSpec
+
+
+class OnnxRuntimeEngine:
+    """One session per stage, on the CPU (or CUDA where the installed build has it), opened when first run."""
+
+    name = "onnxruntime"
+
+    def __init__(self, graphs: Mapping[str, Path], specs: Mapping[str, StageSpec], threads: int) -> None:
+        self.specs = dict(specs)
+        self._graphs = dict(graphs)
+        self._threads = threads
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        self._providers = [name for name in wanted if name in ort.get_available_providers()]
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def run(self, stage: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs of one stage by name; inputs must follow its spec."""
+        spec = self.specs[stage]
+        spec.check(inputs)
+        names = [tensor.name for tensor in spec.outputs]
+        return dict(zip(names, self._session(stage).run(names, dict(inputs)), strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "runtime": self.name,
+            "version": ort.__version__,
+            "providers": self._providers,
+            "threads": self._threads,
+        }
+
+    def _session(self, stage: str) -> ort.InferenceSession:
+        if stage not in self._sessions:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = self._threads
+            options.log_severity_level = 3
+            path = self._graphs[stage]
+            try:
+                self._sessions[stage] = ort.InferenceSession(path, options, providers=self._providers)
+            except Exception as error:  # the runtime's exceptions share no public base class
+                raise IntegrityError(
+                    "graph_unreadable",
+                    f"'{path}' cannot be loaded by ONNX Runtime",
+                    str(error).splitlines()[0],
+                    "Export the artifact again with this version.",
+                ) from error
+        return self._sessions[stage]

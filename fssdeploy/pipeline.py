@@ -1,0 +1,166 @@
+"""The three verbs for systems without data-dependent steps: one graph each for encode, enroll and segment.
+
+The same code runs on PyTorch modules and on exported graphs. Never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.images.geometry import fit_mask, fit_picture, place, unfit
+from fssdeploy.images.masks import Mask, mask_from_array
+from fssdeploy.protocol import BATCH, ClassState, Engine, Features, Masks, StageSpec
+
+# An object that covers less of its fullest feature cell than this is background to the encoder: the prototype would
+# describe the surroundings. One tenth of a 14-pixel patch is a patch of 4 x 5 pixels, or a line 1.4 pixels wide.
+MIN_COVERAGE = 0.1
+# Bounds the memory of a call with many pictures; graphs with a fixed batch run one picture at a time.
+CHUNK = 8
+
+
+def run_in_chunks(
+    engine: Engine, spec: StageSpec, inputs: Mapping[str, np.ndarray], chunk: int = CHUNK
+) -> dict[str, np.ndarray]:
+    """Run a stage on any number of rows: in chunks if its batch may vary, else in the batch it was exported for (1)."""
+    declared = spec.inputs[0].shape[0]
+    step = chunk if declared == BATCH else int(declared)
+    total = len(next(iter(inputs.values())))
+    parts = []
+    for start in range(0, total, step):
+        rows = {name: np.ascontiguousarray(array[start : start + step]) for name, array in inputs.items()}
+        parts.append(engine.run(spec.name, rows))
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class StagedSystem:
+    """A system whose stages `encoder`, `enroll` and `segment` chain by the names of their tensors."""
+
+    def __init__(
+        self,
+        name: str,
+        specs: Mapping[str, StageSpec],
+        engine: Engine,
+        preprocessing: Mapping[str, Any],
+        fingerprint: str,
+    ) -> None:
+        self.name = name
+        self.specs = dict(specs)
+        self.engine = engine
+        self.fingerprint = fingerprint
+        self._canvas: int = preprocessing["canvas"]
+        self._patch: int = preprocessing["patch"]
+        self._geometry: str = preprocessing["geometry"]
+
+    def encode(self, pictures: Sequence[np.ndarray]) -> Features:
+        """Features of pictures, each uint8 RGB (height, width, 3) of any size. InputError for anything else."""
+        if not pictures:
+            raise InputError("no_pictures", "there is no picture to encode", "", "Give at least one.")
+        for picture in pictures:
+            if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+                got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+                raise InputError(
+                    "not_a_picture",
+                    f"a picture was given as {got}",
+                    "pictures are uint8 RGB arrays (height, width, 3)",
+                    "Read files with fssdeploy.images.pictures.load_picture.",
+                )
+        spec = self._spec("encoder")
+        placements = [place(*picture.shape[:2], self._canvas, self._geometry) for picture in pictures]
+        canvases = [fit_picture(picture, where) for picture, where in zip(pictures, placements, strict=True)]
+        batch = np.stack(canvases).transpose(0, 3, 1, 2)
+        return Features(run_in_chunks(self.engine, spec, {spec.inputs[0].name: batch}), placements, self.fingerprint)
+
+    def enroll(self, features: Features, masks: Sequence[Mask | np.ndarray]) -> ClassState:
+        """The state of one class from the features of its k pictures and one mask for each, at the picture's size.
+
+        InputError if a mask is empty, of another size, or so small that no feature cell sees the object.
+        """
+        self._check_origin(features.fingerprint, "features")
+        if len(masks) != len(features):
+            raise InputError(
+                "masks_count",
+                f"{len(features)} pictures came with {len(masks)} masks",
+                "",
+                "Give one mask for each picture.",
+            )
+        spec = self._spec("enroll")
+        fitted = np.stack([self._fit_mask(features, index, mask) for index, mask in enumerate(masks)])
+        inputs = self._gather(spec, features.tensors, {"mask": fitted[:, None]})
+        per_shot = run_in_chunks(self.engine, spec, inputs)
+        tensors = {name: array.mean(0, dtype=np.float64).astype(array.dtype) for name, array in per_shot.items()}
+        return ClassState(tensors, len(masks), self.fingerprint)
+
+    def segment(self, features: Features, states: Mapping[str, ClassState]) -> Masks:
+        """Masks of every class in every picture; its cost does not depend on the number of shots behind a state."""
+        self._check_origin(features.fingerprint, "features")
+        if not states:
+            raise InputError("no_classes", "there is no class to look for", "", "Enrol one first.")
+        for name, state in states.items():
+            self._check_origin(state.fingerprint, f"class '{name}'")
+        spec = self._spec("segment")
+        masks = Masks(list(states), [], [])
+        for index in range(len(features)):
+            picture, where = features[index], features.placements[index]
+            logits, priors = {}, {}
+            for name, state in states.items():
+                class_rows = {key: array[None] for key, array in state.tensors.items()}
+                outputs = self.engine.run(spec.name, self._gather(spec, picture.tensors, class_rows))
+                logits[name] = unfit(outputs["mask_logits"][0, 0], where)
+                priors[name] = outputs["prior_logits"][0, 0]
+            masks.logits.append(logits)
+            masks.prior.append(priors)
+        return masks
+
+    def _spec(self, stage: str) -> StageSpec:
+        if stage not in self.specs:
+            raise InputError(
+                "stage_missing",
+                f"this artifact has no stage '{stage}'",
+                f"it holds {', '.join(self.specs)}",
+                "Export it with --components all.",
+            )
+        return self.specs[stage]
+
+    def _gather(self, spec: StageSpec, *sources: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs of a stage, by name, from what the stages before it returned."""
+        available = {name: array for source in sources for name, array in source.items()}
+        return {tensor.name: available[tensor.name] for tensor in spec.inputs if tensor.name in available}
+
+    def _fit_mask(self, features: Features, index: int, mask: Mask | np.ndarray) -> np.ndarray:
+        where = features.placements[index]
+        chosen = mask if isinstance(mask, Mask) else mask_from_array(mask)
+        if chosen.object.shape != (where.height, where.width):
+            raise InputError(
+                "mask_size",
+                f"mask {index + 1} is {chosen.object.shape[1]} x {chosen.object.shape[0]} pixels",
+                f"its picture is {where.width} x {where.height}",
+                "Masks are never resized: make it at the picture's size.",
+            )
+        if not chosen.object.any():
+            raise InputError("mask_empty", f"mask {index + 1} marks nothing", "", "Mark the object in every picture.")
+        fitted = fit_mask(chosen.object, where)
+        cells = self._canvas // self._patch
+        coverage = float(fitted.reshape(cells, self._patch, cells, self._patch).mean((1, 3)).max())
+        if coverage < MIN_COVERAGE:
+            raise InputError(
+                "object_vanishes",
+                f"the object in mask {index + 1} is too small to be seen",
+                f"it fills {coverage:.1%} of the feature cell it fills most; {MIN_COVERAGE:.0%} are needed",
+                "Crop the picture around the object, or export with a larger --image-size.",
+            )
+        return fitted
+
+    def _check_origin(self, fingerprint: str, what: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise IntegrityError(
+                "other_artifact",
+                f"{what} came from another artifact",
+                "weights or preprocessing differ",
+                "Encode and enrol again with this one.",
+            )

@@ -1,0 +1,124 @@
+"""Reading checkpoint files safely and loading them strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+
+from fssdeploy.errors import InputError
+from fssdeploy.files import open_file
+
+# Published files put the tensors under one of these, or at the top.
+_ENVELOPES = ("state_dict", "model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and where they came from. `metadata` is what a safetensors file carries beside them."""
+
+    file: Path
+    sha256: str
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a safetensors file or a PyTorch file (``weights_only``: no code in it is ever run).
+
+    InputError if the file is missing, empty, truncated, holds code, or holds no tensors.
+    """
+    file = Path(path)
+    with open_file(file) as stream:
+        data = stream.read()
+    sha256 = hashlib.sha256(data).hexdigest()
+    if _is_safetensors(data):
+        try:
+            tensors = safetensors.torch.load(data)
+        except safetensors.SafetensorError as error:
+            raise _damaged(file, str(error)) from error
+        size = int.from_bytes(data[:8], "little")
+        metadata = _metadata(data[8 : 8 + size])
+        return Checkpoint(file, sha256, tensors, metadata)
+    return Checkpoint(file, sha256, _read_torch(file, data), {})
+
+
+def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], what: str, file: Path) -> None:
+    """Load into `module`, every name and shape equal; InputError says what differs. Values become float32."""
+    wanted = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    missing = sorted(set(wanted) - set(tensors))
+    surplus = sorted(set(tensors) - set(wanted))
+    misfits = [
+        f"{name} is {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", surplus), ("of another shape", misfits))
+        if names
+    ]
+    if problems:
+        raise InputError(
+            "checkpoint_architecture",
+            f"'{file}' does not fit {what}",
+            "; ".join(problems),
+            "Choose the preset, image size and options that these weights were made for.",
+        )
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+
+
+def _is_safetensors(data: bytes) -> bool:
+    return len(data) > 9 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 100_000_000
+
+
+def _metadata(header: bytes) -> dict[str, str]:
+    import json
+
+    return json.loads(header).get("__metadata__", {})
+
+
+def _read_torch(file: Path, data: bytes) -> dict[str, torch.Tensor]:
+    is_zip = data[:2] == b"PK"
+    if not is_zip and data[:1] != b"\x80":
+        raise InputError(
+            "checkpoint_format",
+            f"'{file}' is not a checkpoint",
+            "it is neither a safetensors nor a PyTorch file",
+            "Check the file.",
+        )
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch refuses whatever could run code, and reports a pickle cut short by the same class.
+        if "Unsupported" in str(error) or "GLOBAL" in str(error) or "global" in str(error):
+            raise InputError(
+                "checkpoint_unsafe",
+                f"'{file}' holds more than tensors",
+                "loading it could run code that came with it",
+                "Get it from its publisher as safetensors, or convert it where you trust it.",
+            ) from error
+        raise _damaged(file, "it ends too early or is corrupt") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        raise _damaged(file, "it ends too early or is corrupt") from error
+    for envelope in _ENVELOPES:
+        if isinstance(content, dict) and isinstance(content.get(envelope), dict):
+            content = content[envelope]
+    if not isinstance(content, dict):
+        content = {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise InputError("checkpoint_format", f"'{file}' holds no tensors by name", "", "Check the file.")
+    return tensors
+
+
+def _damaged(file: Path, why: str) -> InputError:
+    return InputError("checkpoint_damaged", f"'{file}' cannot be read", why, "Download or copy it again.")

@@ -1,0 +1,161 @@
+"""Filling FS-DINO from checkpoint files, and the record of what came from where."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from fssdeploy.errors import InputError
+from fssdeploy.files import write_atomic
+from fssdeploy.systems.fsdino import FSDino, FSDinoConfig, initialise_untrained
+from fssdeploy.weights.checkpoint import Checkpoint, load_strict, read_checkpoint
+from fssdeploy.weights.dinov2 import is_dinov2, load_dinov2
+from fssdeploy.weights.sam import is_sam, sam_part, sam_size
+
+_CONFIG = "fsdino_config"
+
+
+@dataclass
+class Provenance:
+    """Where a network's weights came from. `status`: "trained", "partial" (some groups untrained) or "untrained"."""
+
+    status: str
+    untrained_groups: list[str]
+    seed: int | None
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def fill(model: FSDino, files: Sequence[str | Path], untrained_seed: int | None) -> Provenance:
+    """Load `files` (FS-DINO, DINOv2 or SAM checkpoints, recognised by their names) into the network.
+
+    Groups that no file covers are filled from `untrained_seed`; without a seed they are an InputError that says where
+    weights come from. Every file is loaded strictly: no name may be missing or left over, no shape may differ.
+    """
+    if untrained_seed is not None:
+        initialise_untrained(model, untrained_seed)
+    open_groups = [name for name, _ in model.named_children() if _parameters(model, name)]
+    sources = []
+    for path in files:
+        checkpoint = read_checkpoint(path)
+        family, groups = _load(model, checkpoint)
+        open_groups = [group for group in open_groups if group not in groups]
+        source = {"family": family, "file": checkpoint.file.name, "sha256": checkpoint.sha256, "groups": groups}
+        sources.append(source)
+    if open_groups and untrained_seed is None:
+        given = f"the files given lack {', '.join(open_groups)}" if files else "no file was given"
+        raise InputError(
+            "weights_missing",
+            "this preset has no weights of its own",
+            given,
+            "Pass --weights with a trained FS-DINO checkpoint. The encoder comes from dinov2_vit[s|b|l]14_pretrain.pth"
+            " (DINOv2 release), the decoder's initial values from sam_vit_h_4b8939.pth (Segment Anything release); several"
+            " --weights add up. For benchmarks and shape checks use --untrained.",
+        )
+    status = "trained" if not open_groups else "partial" if sources else "untrained"
+    return Provenance(status, open_groups, untrained_seed if open_groups else None, sources)
+
+
+def save_checkpoint(model: FSDino, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write every parameter as safetensors, with the configuration beside them; atomic."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    config = json.dumps(model.config.to_dict(), sort_keys=True)
+    write_atomic(path, safetensors.torch.save(tensors, {**metadata, _CONFIG: config}))
+
+
+def fingerprint(model: FSDino) -> str:
+    """sha256 over the configuration and the weights that class states and features depend on (encode and enroll)."""
+    state = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("encoder.", "adapter.", "svp.", "correlation.project.")):
+            state.update(name.encode())
+            state.update(tensor.float().contiguous().numpy().tobytes())
+    return state.hexdigest()
+
+
+def _load(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:
+    """Load one file; its family and the parameter groups it filled."""
+    families: list[tuple[Callable[..., bool], Callable[[FSDino, Checkpoint], tuple[str, list[str]]]]] = [
+        (is_dinov2, _load_encoder),
+        (is_sam, _load_sam),
+        (_is_fsdino, _load_own),
+    ]
+    for recognises, load in families:
+        if recognises(checkpoint.tensors):
+            return load(model, checkpoint)
+    raise InputError(
+        "checkpoint_architecture",
+        f"'{checkpoint.file}' is of no known family",
+        f"its first name is {next(iter(checkpoint.tensors))}",
+        "FS-DINO, DINOv2 (original or Hugging Face) and SAM checkpoints are known.",
+    )
+
+
+def _load_encoder(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:
+    load_dinov2(model.encoder, checkpoint)
+    return "dinov2", ["encoder"]
+
+
+def _load_sam(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:
+    """SAM's decoder, mask down-scaling and Gaussian matrix; its initial sparse embedding if no prompt replaces it."""
+    file = checkpoint.file
+    prompts = sam_part(checkpoint, "prompt_encoder.")
+    pe, down = "pe_layer.", "mask_downscaling."
+    position = {name[len(pe) :]: tensor for name, tensor in prompts.items() if name.startswith(pe)}
+    scaling = {name[len(down) :]: tensor for name, tensor in prompts.items() if name.startswith(down)}
+    load_strict(model.decoder, sam_part(checkpoint, "mask_decoder."), "SAM's mask decoder", file)
+    load_strict(model.dense_prompt, scaling, "SAM's mask down-scaling", file)
+    load_strict(model.position, position, "SAM's position code", file)
+    groups = ["decoder", "dense_prompt", "position"]
+    if model.config.svp == "none":
+        with torch.no_grad():
+            model.svp.initial.copy_(prompts["not_a_point_embed.weight"].view(1, 1, -1))
+        groups.append("svp")
+    return f"sam {sam_size(checkpoint)}", groups
+
+
+def _is_fsdino(tensors: dict[str, torch.Tensor]) -> bool:
+    return any(name.startswith("adapter.down.") for name in tensors)
+
+
+def _load_own(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:
+    """A checkpoint of this project; it may leave out whole groups (a segmenter without its frozen encoder)."""
+    if _CONFIG in checkpoint.metadata:
+        made_for = FSDinoConfig.from_dict(json.loads(checkpoint.metadata[_CONFIG]))
+        differing = [
+            item.name
+            for item in dataclasses.fields(FSDinoConfig)
+            if item.name != "train_adapter" and getattr(made_for, item.name) != getattr(model.config, item.name)
+        ]
+        if differing:
+            name = differing[0]
+            raise InputError(
+                "checkpoint_architecture",
+                f"'{checkpoint.file}' was trained with another configuration",
+                f"{name} is {getattr(made_for, name)} there, {getattr(model.config, name)} here",
+                "Choose the preset, image size and options that these weights were made for.",
+            )
+    given = {name.split(".", 1)[0] for name in checkpoint.tensors}
+    known = {name: child for name, child in model.named_children()}
+    for group in sorted(given):
+        part = {k[len(group) + 1 :]: v for k, v in checkpoint.tensors.items() if k.startswith(group + ".")}
+        if group not in known:
+            raise InputError(
+                "checkpoint_architecture", f"'{checkpoint.file}' does not fit", f"'{group}' is no part of this network"
+            )
+        load_strict(known[group], part, f"group '{group}'", checkpoint.file)
+    return "fsdino", sorted(given)
+
+
+def _parameters(model: FSDino, group: str) -> bool:
+    return any(True for _ in getattr(model, group).parameters())

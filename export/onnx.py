@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import torch
 
 from fssdeploy.export.attention import count_attention, expand_attention, fuse_attention
@@ -18,6 +19,7 @@ from fssdeploy.protocol import BATCH, StageSpec
 
 OPSET = 18  # LayerNormalization and Resize are single nodes; every consumer reads it (docs/export.md)
 OPSET_BF16 = 22  # the first whose Conv accepts bfloat16
+FOLD_LIMIT = 1 << 30  # elements
 TRACED_BATCH = 2  # torch.export specialises dimensions of size 0 and 1
 
 
@@ -66,6 +68,9 @@ def export_stage(
         )
     if program is None:
         raise RuntimeError("the exporter returned no program")
+    # The exporter itself folds only small constants; weights reshaped or sliced in forward would stay as nodes.
+    onnxscript.optimizer.fold_constants(program.model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
+    onnxscript.optimizer.remove_unused_nodes(program.model)
     path = folder / files.portable
     program.save(str(path), external_data=True)
     traced = onnx.load(str(path), load_external_data=False)

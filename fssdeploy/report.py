@@ -32,7 +32,7 @@ class Report:
     """A title, single facts, tables and closing notes for people; `data` is what programs read, of any depth."""
 
     title: str
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)

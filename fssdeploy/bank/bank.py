@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -45,6 +45,7 @@ _SCHEMA = (
     f"PRAGMA user_version = {FORMAT}",
 )
 _COLUMNS = "name, version, shots, bytes, sha256, created, meta"
+_TYPES = (str, int, int, int, str, str, str)
 
 # What a bank puts into its states folder: states, and the temporary files of `write_atomic` that a kill leaves.
 _OWN_FILE = re.compile(r"[0-9a-f]{64}\.safetensors|\.[0-9a-f]+\.tmp")
@@ -148,28 +149,28 @@ class Bank:
         Raises InputError ``class_unknown`` and ``version_unknown``, IntegrityError ``state_damaged``.
         """
         name = class_name(name)
-        info = self._lookup(name, version)
-        try:
-            return self._load(info)
-        except IntegrityError:
-            if self._is_listed(info):
-                raise
-        # It was removed or pruned between the two steps: what is there now counts.
-        return self._load(self._lookup(name, version))
+        while True:
+            with self._index.reading() as connection:
+                info = self._find(connection, name, version)
+            try:
+                return self._load(info)
+            except IntegrityError:
+                # Removed or pruned between the two steps? Then what is listed now counts: a newer version, or none.
+                if self._is_listed(info):
+                    raise
 
     def names(self) -> list[str]:
         """The classes that have at least one version, in the order of their characters."""
         with self._index.reading() as connection:
-            return _names(connection)
+            return self._names(connection)
 
     def versions(self, name: str) -> list[VersionInfo]:
         """What is stored of a class, oldest first. Raises InputError ``class_unknown``."""
         name = class_name(name)
         with self._index.reading() as connection:
-            sql = f"SELECT {_COLUMNS} FROM state WHERE name = ? ORDER BY version"
-            infos = [self._info(row) for row in connection.execute(sql, (name,))]
+            infos = list(self._infos(connection, "WHERE name = ? ORDER BY version", (name,)))
             if not infos:
-                raise unknown_class(name, _names(connection))
+                raise unknown_class(name, self._names(connection))
             return infos
 
     def remove(self, name: str) -> int:
@@ -178,7 +179,7 @@ class Bank:
         with self._index.writing() as connection:
             removed = connection.execute("DELETE FROM state WHERE name = ?", (name,)).rowcount
             if not removed:
-                raise unknown_class(name, _names(connection))
+                raise unknown_class(name, self._names(connection))
             return removed
 
     def prune(self, keep: int = 1) -> PruneReport:
@@ -205,7 +206,7 @@ class Bank:
         try:
             with self._index.reading() as connection:
                 lines = [str(line) for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
-                listed = [self._info(row) for row in connection.execute(f"SELECT {_COLUMNS} FROM state")]
+                listed = list(self._infos(connection))
         except IntegrityError as error:
             return [error.line()]
         problems = [self._index.damaged(line).line() for line in lines]
@@ -254,30 +255,32 @@ class Bank:
         write_atomic(self._file(sha256), data, sync=True)
         return version
 
-    def _lookup(self, name: str, version: int | None) -> VersionInfo:
-        with self._index.reading() as connection:
-            return self._find(connection, name, version)
-
     def _find(self, connection: sqlite3.Connection, name: str, version: int | None) -> VersionInfo:
-        sql = f"SELECT {_COLUMNS} FROM state WHERE name = ? ORDER BY version DESC"
         kept = []
-        with closing(connection.execute(sql, (name,))) as rows:
-            for info in map(self._info, rows):
+        with closing(self._infos(connection, "WHERE name = ? ORDER BY version DESC", (name,))) as infos:
+            for info in infos:
                 if version in (None, info.version):
                     return info
                 kept.append(str(info.version))
         if not kept:
-            raise unknown_class(name, _names(connection))
+            raise unknown_class(name, self._names(connection))
         raise InputError(
             "version_unknown", f"class '{name}' has no version {version}", f"the bank has {', '.join(kept[:8])}"
         )
 
-    def _info(self, row: tuple[Any, ...]) -> VersionInfo:
-        try:
+    def _infos(
+        self, connection: sqlite3.Connection, which: str = "", values: tuple[object, ...] = ()
+    ) -> Generator[VersionInfo]:
+        for row in self._index.select(connection, _TYPES, f"SELECT {_COLUMNS} FROM state {which}", values):
             name, version, shots, size, sha256, created, meta = row
-            return VersionInfo(name, version, shots, size, sha256, created, json.loads(meta))
-        except (TypeError, ValueError) as error:
-            raise self._index.damaged(f"a row of its index cannot be read ({error})") from error
+            try:
+                yield VersionInfo(name, version, shots, size, sha256, created, json.loads(meta))
+            except ValueError as error:
+                raise self._index.damaged(f"the notes on a version cannot be read ({error})") from error
+
+    def _names(self, connection: sqlite3.Connection) -> list[str]:
+        rows = self._index.select(connection, (str,), "SELECT DISTINCT name FROM state ORDER BY name")
+        return [name for (name,) in rows]
 
     def _is_listed(self, info: VersionInfo) -> bool:
         with self._index.reading() as connection:
@@ -320,10 +323,6 @@ class Bank:
         return files, freed
 
 
-def _names(connection: sqlite3.Connection) -> list[str]:
-    return [name for (name,) in connection.execute("SELECT DISTINCT name FROM state ORDER BY name")]
-
-
 def _shapes(state: ClassState) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (array.shape, str(array.dtype)) for name, array in state.tensors.items()}
 
@@ -347,11 +346,10 @@ def _read_header(folder: Path, index: Index) -> str | None:
 def _fingerprint(connection: sqlite3.Connection, index: Index) -> str:
     # Before anything else, since a newer format may have other tables.
     _check_format(connection.execute("PRAGMA user_version").fetchone()[0], index)
-    row = connection.execute("SELECT format, fingerprint FROM bank").fetchone()
-    if row is None:
-        raise index.damaged("its index names no artifact")
-    _check_format(row[0], index)
-    return str(row[1])
+    for number, fingerprint in index.select(connection, (int, str), "SELECT format, fingerprint FROM bank"):
+        _check_format(number, index)
+        return str(fingerprint)
+    raise index.damaged("its index names no artifact")
 
 
 def _check_format(number: int, index: Index) -> None:

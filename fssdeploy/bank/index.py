@@ -6,8 +6,9 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from fssdeploy.errors import FssError, InputError, IntegrityError, MachineError
 from fssdeploy.files import storage_error
@@ -67,6 +68,19 @@ class Index:
             connection.execute("BEGIN IMMEDIATE")
             yield connection
             connection.execute("COMMIT")
+
+    def select(
+        self, connection: sqlite3.Connection, types: tuple[type, ...], sql: str, values: tuple[object, ...] = ()
+    ) -> Iterator[tuple[Any, ...]]:
+        """The rows of a query, whose columns must have these types: SQLite checks them when it writes, not on reading.
+
+        Raises IntegrityError ``bank_damaged``.
+        """
+        with closing(connection.execute(sql, values)) as rows:
+            for row in rows:
+                if tuple(map(type, row)) != types:
+                    raise self.damaged("a row of its index has values of the wrong type")
+                yield row
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed by their user when done."""

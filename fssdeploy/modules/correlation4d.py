@@ -67,9 +67,10 @@ class Correlation4D(nn.Module):
         # Sampled where the stride-2 convolution is centred; cells outside do not count.
         prior = similarity.view(-1, 1, grid, grid)
         coarse = F.avg_pool2d(prior, 3, stride=2, padding=1, count_include_pad=False)
-        return self._upsample(spatial + mixed.unflatten(2, (half, half)) + coarse)
+        return self.upsample_prior(spatial + mixed.unflatten(2, (half, half)) + coarse)
 
-    def _upsample(self, x: torch.Tensor) -> torch.Tensor:
+    def upsample_prior(self, x: torch.Tensor) -> torch.Tensor:
+        """Mined correlation (B, cells, h, h) -> one channel (B, 1, 4g, 4g)."""
         grid = self.grid
         first, second, third, last = self.head
         if self.upsample == "exact":

@@ -30,4 +30,6 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-12)
+    # A floor, not "+ 1e-12": the exporter's optimiser takes so small a summand for zero and drops it, and a zero vector
+    # would become NaN.
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True).clamp_min(1e-12))

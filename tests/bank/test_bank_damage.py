@@ -193,7 +193,7 @@ def check_readable_only(directory: Path, make_state) -> None:
         assert bank.get("cup").meta == {"seed": 2}
         assert [info.version for info in bank.versions("cup")] == [1, 2]
         assert bank.verify() == []
-        for call in (lambda: bank.put("cup", make_state(3)), lambda: bank.remove("cup"), lambda: bank.prune()):
+        for call in (lambda: bank.put("cup", make_state(3)), lambda: bank.remove("cup"), bank.prune):
             with pytest.raises(MachineError) as caught:
                 call()
             assert caught.value.code == "read_only"
@@ -279,8 +279,9 @@ def test_a_bank_that_may_not_be_read_or_made(shelf, make_state):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "no_space"), (errno.EROFS, "read_only")])
-def test_no_space_for_the_file(bank, make_state, monkeypatch, step, number, code):
+@pytest.mark.parametrize("failure", [(errno.ENOSPC, "no_space"), (errno.EROFS, "read_only")])
+def test_no_space_for_the_file(bank, make_state, monkeypatch, step, failure):
+    number, code = failure
     bank.put("cup", make_state(1))
     with monkeypatch.context() as patched:
 

@@ -21,7 +21,7 @@ from fssdeploy.errors import InputError
         "ё",
         "чашка, 茶碗",
         "👩‍🔧 mechanic",
-        "it's \"quoted\"; DROP TABLE state; --",
+        'it\'s "quoted"; DROP TABLE state; --',
         "%s {0} ?",
         " cup",
         "x" * 200,

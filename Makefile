@@ -1,0 +1,61 @@
+# Every way of working with a checkout; `make help` lists them. Each target sets up what it needs by itself.
+
+PYTHON ?= python3
+WORKERS ?= 2
+PRESET ?= tiny
+WEIGHTS ?=
+
+BIN := .venv/bin
+TREE := build/tree
+# Newer than pyproject.toml when the environment fits it.
+STAMP := .venv/ready
+
+export TORCH_BUILD TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint typecheck contracts tree unit slow bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "settings: PYTHON=python3 (for .venv), TORCH_BUILD=cpu|cuda, TORCH_INDEX=URL, PRESET, WEIGHTS, WORKERS"
+
+setup: ## make .venv with the fssdeploy command, for export, training, OpenVINO and tests
+	$(PYTHON) tools/setup.py
+	@touch $(STAMP)
+
+$(STAMP): pyproject.toml tools/setup.py
+	$(PYTHON) tools/setup.py
+	@touch $@
+
+demo: $(STAMP) ## export, enrol and segment from start to end into demo_out (PRESET=tiny WEIGHTS=)
+	$(BIN)/fssdeploy demo --preset $(PRESET) $(if $(WEIGHTS),--weights "$(WEIGHTS)") --out demo_out
+
+test: lint typecheck contracts unit ## lint, types, import contracts and the tests
+
+lint: $(STAMP) ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: tree ## types
+	cd $(TREE) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fssdeploy
+
+contracts: tree ## which part may import which
+	cd $(TREE) && ../../$(BIN)/lint-imports --config ../../pyproject.toml --cache-dir ../../.import_linter_cache
+
+tree: $(STAMP)
+	@$(BIN)/python tools/link_tree.py
+
+# A file's tests stay in one process, so that what they share is made once.
+unit: $(STAMP) ## the tests alone (WORKERS=2 processes)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+
+slow: $(STAMP) ## full-size networks and long runs as well
+	$(BIN)/pytest -q -m ""
+
+bench: $(STAMP) ## time the stages, against the last saved run
+	$(BIN)/pytest -q benchmarks/test_stages.py --benchmark-only --benchmark-autosave --benchmark-storage=.benchmarks \
+		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find fssdeploy kernels export serving benchmarks tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ help: ## list the targets
 	@echo "settings: PYTHON=python3 (for .venv), TORCH_BUILD=cpu|cuda, TORCH_INDEX=URL, PRESET, WEIGHTS, WORKERS"
 
 setup: ## make .venv with the fssdeploy command, for export, training, OpenVINO and tests
+	@rm -f $(STAMP)
 	$(PYTHON) tools/setup.py
 	@touch $(STAMP)
 
@@ -28,7 +29,7 @@ $(STAMP): pyproject.toml tools/setup.py
 	@touch $@
 
 demo: $(STAMP) ## export, enrol and segment from start to end into demo_out (PRESET=tiny WEIGHTS=)
-	$(BIN)/fssdeploy demo --preset $(PRESET) $(if $(WEIGHTS),--weights "$(WEIGHTS)") --out demo_out
+	$(BIN)/fssdeploy demo --preset $(PRESET) $(foreach file,$(WEIGHTS),--weights "$(file)") --out demo_out
 
 test: lint typecheck contracts unit ## lint, types, import contracts and the tests
 
@@ -45,9 +46,9 @@ contracts: tree ## which part may import which
 tree: $(STAMP)
 	@$(BIN)/python tools/link_tree.py
 
-# A file's tests stay in one process, so that what they share is made once.
+# Neighbouring tests start in the same process, so most of what they share is made once.
 unit: $(STAMP) ## the tests alone (WORKERS=2 processes)
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 slow: $(STAMP) ## full-size networks and long runs as well
 	$(BIN)/pytest -q -m ""

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fssdeploy.artifact import Artifact
 from fssdeploy.benchmarks.baselines.fsdino_research import extra_flops
 from fssdeploy.benchmarks.machine import busy_seconds, describe_machine, matrix_peak
-from fssdeploy.errors import InputError
 from fssdeploy.export.profile import count_flops
+
+from fssdeploy.artifact import Artifact
+from fssdeploy.errors import InputError
 from fssdeploy.report import Report, Table
 from fssdeploy.systems.fsdino import FSDinoConfig
 
@@ -178,9 +179,7 @@ def _result(
         stage: count_flops(artifact.graph(stage, "portable"))["total"] / 1e9 for stage in artifact.manifest["stages"]
     }
     query = stage_gflop["encoder"] + stage_gflop["segment"]
-    research = {
-        count: query + count * stage_gflop["encoder"] + extra_flops(config, count) / 1e9 for count in shots
-    }
+    research = {count: query + count * stage_gflop["encoder"] + extra_flops(config, count) / 1e9 for count in shots}
     rows = []
     for contestant in contestants:
         for (case, count), samples in contestant.samples.items():
@@ -199,7 +198,11 @@ def _result(
         "versions": artifact.manifest["versions"],
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
         "rounds": rounds,
-        "gflop": {"stages": stage_gflop, "query": query, "recomputed": {str(k): value for k, value in research.items()}},
+        "gflop": {
+            "stages": stage_gflop,
+            "query": query,
+            "recomputed": {str(k): value for k, value in research.items()},
+        },
         "fp32_peak_gflops": peak,
         "engines": {contestant.variant: contestant.engine for contestant in contestants},
         "peak_mib": {contestant.variant: contestant.peak_mib for contestant in contestants},
@@ -253,10 +256,13 @@ def report(result: dict[str, Any]) -> Report:
     memory = Table("process", ["variant", "peak MiB", "import + load + first mask"], [])
     for variant, peak in result["peak_mib"].items():
         start = result["startup"].get(variant)
-        memory.rows.append([variant, f"{peak:.0f}", f"{start['seconds']:.2f} s, {start['peak_mib']:.0f} MiB" if start else "-"])
+        memory.rows.append(
+            [variant, f"{peak:.0f}", f"{start['seconds']:.2f} s, {start['peak_mib']:.0f} MiB" if start else "-"]
+        )
     machine = result["machine"]
     facts = {
-        "artifact": f"{result['artifact']} {result['precision']} ({result['weights']} weights), {result['image_size']} px",
+        "artifact": f"{result['artifact']}, {result['image_size']} px, {result['precision']}",
+        "weights": result["weights"],
         "machine": f"{machine['cpu']}, {machine['cores']} cores",
         "float32 matrix peak": f"{result['fp32_peak_gflops']:.0f} GFLOP/s, measured between the rounds",
     }
@@ -282,5 +288,3 @@ def save(result: dict[str, Any], path: Path) -> list[Path]:
     picture = path.with_suffix(".png")
     plot_latency(result, picture)
     return [path, picture]
-
-

@@ -71,4 +71,6 @@ def _cpu_name() -> str:
 
 def _vector_instructions() -> list[str]:
     flags = next((line for line in _cpu_info().splitlines() if line.startswith("flags")), "").split()
-    return [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile") if flag in flags]
+    return [
+        flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile") if flag in flags
+    ]

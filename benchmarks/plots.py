@@ -34,8 +34,14 @@ def plot_latency(result: dict[str, Any], path: Path) -> None:
         if rows:
             shots, times = [row["shots"] for row in rows], [row["p50_ms"] for row in rows]
             axes.plot(shots, times, "o-", color=colour, label=LABELS[variant], linewidth=2)
-            axes.annotate(f"{times[-1]:,.0f} ms", (shots[-1], times[-1]), xytext=(8, -3), textcoords="offset points",
-                          color=colour, fontsize=8)
+            axes.annotate(
+                f"{times[-1]:,.0f} ms",
+                (shots[-1], times[-1]),
+                xytext=(8, -3),
+                textcoords="offset points",
+                color=colour,
+                fontsize=8,
+            )
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({row["shots"] for row in result["rows"] if row["case"] == "query"})
@@ -43,8 +49,11 @@ def plot_latency(result: dict[str, Any], path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("support pictures (shots)")
     axes.set_ylabel("one query, ms (median)")
-    axes.set_title(f"{result['artifact']}, {result['image_size']} px, {result['precision']}, "
-                   f"{result['machine']['cores']} cores ({result['weights']} weights)", fontsize=10)
+    axes.set_title(
+        f"{result['artifact']}, {result['image_size']} px, {result['precision']}, "
+        f"{result['machine']['cores']} cores ({result['weights']} weights)",
+        fontsize=10,
+    )
     axes.grid(True, which="major", alpha=0.25)
     axes.margins(x=0.18)
     for side in ("top", "right"):

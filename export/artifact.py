@@ -13,21 +13,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-
-import fssdeploy
-from fssdeploy.artifact import FORMAT, MANIFEST, digest, file_sha256
-from fssdeploy.engines import available_cores, open_engine
-from fssdeploy.engines.torch import TorchEngine
-from fssdeploy.errors import CheckFailedError, InputError
 from fssdeploy.export.lint import Finding, lint
 from fssdeploy.export.onnx import OPSET, OPSET_BF16, StageFiles, export_stage
 from fssdeploy.export.parity import check_parity, parity_report
+
+import fssdeploy
+from fssdeploy.artifact import FORMAT, MANIFEST, digest, file_sha256
+from fssdeploy.engines import RUNTIMES, available_cores, open_engine
+from fssdeploy.engines.torch import TorchEngine
+from fssdeploy.errors import CheckFailedError, InputError, MachineError
 from fssdeploy.files import storage_error
 from fssdeploy.protocol import StageSpec
 from fssdeploy.report import Report, Table
@@ -58,7 +59,7 @@ class ExportRequest:
 
 
 def choose_components(text: str) -> tuple[str, ...]:
-    """"all" or a comma-separated list of stage names. InputError for an unknown one."""
+    """ "all" or a comma-separated list of stage names. InputError for an unknown one."""
     known = tuple(fsdino.specs(fsdino.PRESETS["tiny"]))
     if text == "all":
         return known
@@ -170,12 +171,13 @@ def _write_graphs(
     model: fsdino.FSDino, request: ExportRequest, folder: Path, progress: Callable[[str], None]
 ) -> tuple[dict[str, StageFiles], list[Finding]]:
     """All graphs of the chosen stages, linted. CheckFailedError names the first broken rule."""
+    parity_runtimes(request.precision)  # before the long work, not after it
     modules = fsdino.stages(model, PRECISIONS[request.precision])
     bf16 = request.precision == "bf16"
     files: dict[str, StageFiles] = {}
     findings: list[Finding] = []
     for name, spec in request.specs.items():
-        progress(f"exporting {name}")
+        progress(f"exporting {name} (tracing)")
         # ONNX Runtime's fused kernel on the CPU knows float32 only.
         fuse = name in FUSED_STAGES and request.precision == "fp32"
         files[name] = export_stage(
@@ -196,7 +198,10 @@ def _write_graphs(
     broken = [finding for finding in findings if finding.severity == "error"]
     if broken:
         raise CheckFailedError(
-            "lint_failed", f"graph lint: {broken[0].rule} at {broken[0].node}", broken[0].message, "Nothing was written."
+            "lint_failed",
+            f"graph lint: {broken[0].rule} at {broken[0].node}",
+            broken[0].message,
+            "Nothing was written.",
         )
     return files, findings
 
@@ -212,11 +217,14 @@ def _check(
     # The reference is the network itself, not the folded copy the graphs were traced from.
     reference = TorchEngine(fsdino.reference_stages(model), fsdino.specs(request.config))
     graphs = {name: folder / stage.portable for name, stage in files.items()}
-    runtime = parity_runtime(request.precision)
-    candidates = {f"{runtime} (portable)": open_engine(runtime, graphs, request.specs, threads=available_cores())}
-    if any(stage.onnxruntime for stage in files.values()):
-        fused = {name: folder / (stage.onnxruntime or stage.portable) for name, stage in files.items()}
-        candidates["onnxruntime (fused)"] = open_engine("onnxruntime", fused, request.specs, threads=available_cores())
+    fused = {name: folder / (stage.onnxruntime or stage.portable) for name, stage in files.items()}
+    wanted = {f"{runtime} (portable)": (runtime, graphs) for runtime in parity_runtimes(request.precision)}
+    if fused != graphs:
+        wanted["onnxruntime (fused)"] = ("onnxruntime", fused)
+    candidates = {
+        name: open_engine(runtime, paths, request.specs, threads=available_cores())
+        for name, (runtime, paths) in wanted.items()
+    }
     result = check_parity(
         reference, candidates, request.specs, preprocessing(request.config), request.precision, progress
     )
@@ -230,9 +238,21 @@ def _check(
     return result
 
 
-def parity_runtime(precision: str) -> str:
-    """ONNX Runtime, except for bfloat16, which its CPU kernels do not take."""
-    return "openvino" if precision == "bf16" else "onnxruntime"
+def parity_runtimes(precision: str) -> list[str]:
+    """Every runtime that is installed and can run this precision. MachineError if there is none.
+
+    ONNX Runtime's CPU kernels do not take bfloat16; OpenVINO does.
+    """
+    installed = [runtime for runtime in RUNTIMES if find_spec(runtime)]
+    able = [runtime for runtime in installed if precision != "bf16" or runtime != "onnxruntime"]
+    if not able:
+        raise MachineError(
+            "runtime_missing",
+            f"no runtime here can prove a {precision} export",
+            "ONNX Runtime on a CPU does not run bfloat16",
+            "Run: pip install 'fssdeploy[openvino]'",
+        )
+    return able
 
 
 def preprocessing(config: fsdino.FSDinoConfig) -> dict[str, Any]:
@@ -345,8 +365,6 @@ def _report(
 
 
 def _fixed(spec: StageSpec) -> StageSpec:
-    from dataclasses import replace
-
     def fix(tensors: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(replace(tensor, shape=(1, *tensor.shape[1:])) for tensor in tensors)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -72,7 +73,7 @@ def _expansion(node: NodeProto, elem_type: int, constants: dict[str, onnx.Tensor
     together = constant("attention_together", np.array([0, 0, -1], np.int64))
     factor = constant(f"attention_scale_{scale:.9g}_{elem_type}", np.array(scale, dtype))
 
-    def make(operator: str, inputs: list[str], output: str, **attributes: object) -> NodeProto:
+    def make(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         return helper.make_node(operator, inputs, [output], name=f"{stem}/{output.rsplit('/', 1)[-1]}", **attributes)
 
     q, k, v = node.input[:3]

@@ -598,7 +598,7 @@ def wide_softmax(stage: Stage) -> Iterator[Trip]:
 
 @rule("warning", "broken-layer-norm")
 def broken_layer_norm(stage: Stage) -> Iterator[Trip]:
-    """In half precision the squares overflow. Use layer_norm, which stays one node; permute channels to the end first."""
+    """In half precision the squares overflow. Use layer_norm, which stays one node, on channels permuted to the end."""
     graph = stage.graph
     for node in graph.of("Sqrt"):
         total = graph.made_by(node.input[0], "Add")
@@ -622,8 +622,8 @@ def inner_cast(stage: Stage) -> Iterator[Trip]:
 
 @rule("warning", "constant-subgraph")
 def constant_subgraph(stage: Stage) -> Iterator[Trip]:
-    """It is computed again for every picture: the exporter folds only small tables. Compute it when the stage is built
-    and keep it as a buffer.
+    """The exporter folds only small tables, and an engine that does not fold computes it again for every picture.
+    Compute it when the stage is built and keep it as a buffer.
     """
     graph = stage.graph
     outputs = {value.name for value in graph.outputs}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fssdeploy.errors import MachineError
-from fssdeploy.images.geometry import fit_mask, fit_picture, place
+from fssdeploy.images.geometry import fit_picture, place
 from fssdeploy.pipeline import StagedSystem, run_in_chunks
 from fssdeploy.protocol import Engine, StageSpec
 from fssdeploy.report import Report, Table
@@ -31,7 +31,7 @@ class Tolerance:
     flipped: float  # share of the pixels
 
 
-# Origin: docs/export.md, "Tolerances": worst case over pictures of a 12-block network with outlier channels, with margin.
+# Origin: docs/export.md, "Tolerances": worst over pictures of a 12-block network with outlier channels, with margin.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 1e-9, 0.9995, 1e-4),
     "fp16": Tolerance(0.05, 1e-5, 0.99, 5e-3),
@@ -132,7 +132,9 @@ def check_parity(
 def parity_report(result: Mapping[str, Any]) -> Report:
     """The worst figure of every output and of the masks, as text."""
     limits = result["tolerance"]
-    worst = Table("tensors, worst case", ["engine", "stage", "output", "max abs", "max rel", "max/std", "1-cos", "ok"], [])
+    worst = Table(
+        "tensors, worst case", ["engine", "stage", "output", "max abs", "max rel", "max/std", "1-cos", "ok"], []
+    )
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for row in result["tensors"]:
         groups.setdefault((row["engine"], row["stage"], row["output"]), []).append(row)
@@ -177,7 +179,8 @@ def _reference_inputs(
     canvas = preprocessing["canvas"]
 
     def fit(picture: np.ndarray) -> np.ndarray:
-        return fit_picture(picture, place(*picture.shape[:2], canvas, preprocessing["geometry"])).transpose(2, 0, 1)
+        where = place(picture.shape[0], picture.shape[1], canvas, preprocessing["geometry"])
+        return fit_picture(picture, where).transpose(2, 0, 1)
 
     noise = np.random.default_rng(0).integers(0, 256, (3, canvas, canvas), np.uint8)
     constant = np.full((3, canvas, canvas), 255, np.uint8)

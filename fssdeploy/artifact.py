@@ -141,6 +141,13 @@ def load(
     from fssdeploy.pipeline import StagedSystem
 
     artifact = Artifact.open(path)
+    if artifact.manifest["precision"] == "bf16" and runtime == "onnxruntime":
+        raise InputError(
+            "runtime_precision",
+            f"ONNX Runtime cannot run '{artifact.path}'",
+            "the artifact is bfloat16, which its CPU kernels do not take",
+            "Use --runtime openvino.",
+        )
     if verify:
         artifact.verify()
     graphs = {stage: artifact.graph(stage, runtime) for stage in artifact.manifest["stages"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -98,8 +99,8 @@ def run(
     deployed(support)  # first calls pay for opening the graphs
     for name, query in queries.items():
         progress(f"segmenting '{name}'")
-        expected, slow = _timed(lambda query=query: recomputed(query))
-        found, fast = _timed(lambda query=query: deployed(query))
+        expected, slow = _timed(partial(recomputed, query))
+        found, fast = _timed(partial(deployed, query))
         union = int((found | expected).sum())
         iou = float((found & expected).sum() / union) if union else 1.0
         table.rows.append([name, f"{found.mean():.1%}", f"{iou:.4f}", f"{slow * 1e3:.0f} ms", f"{fast * 1e3:.0f} ms"])

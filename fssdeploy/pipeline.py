@@ -71,7 +71,7 @@ class StagedSystem:
                     "Read files with fssdeploy.images.pictures.load_picture.",
                 )
         spec = self._spec("encoder")
-        placements = [place(*picture.shape[:2], self._canvas, self._geometry) for picture in pictures]
+        placements = [place(picture.shape[0], picture.shape[1], self._canvas, self._geometry) for picture in pictures]
         canvases = [fit_picture(picture, where) for picture, where in zip(pictures, placements, strict=True)]
         batch = np.stack(canvases).transpose(0, 3, 1, 2)
         return Features(run_in_chunks(self.engine, spec, {spec.inputs[0].name: batch}), placements, self.fingerprint)

@@ -185,7 +185,7 @@ class Masks:
         return float(np.mean(1.0 / (1.0 + np.exp(-inside)))) if inside.size else 0.0
 
     def labels(self, picture: int, names: Sequence[str] | None = None) -> np.ndarray:
-        """Indexed mask (height, width) uint8: 0 background, i+1 the i-th name, the largest logit where several are > 0."""
+        """Indexed mask (height, width) uint8: 0 background, i+1 the i-th name; of several, the largest logit wins."""
         chosen = list(names or self.names)
         stack = np.stack([self.logits[picture][name] for name in chosen])
         best = stack.argmax(0)

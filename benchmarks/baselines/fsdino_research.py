@@ -16,7 +16,7 @@ from fssdeploy.systems.fsdino import FSDino, FSDinoConfig
 def joint_forward(
     model: FSDino, query: torch.Tensor, supports: torch.Tensor, masks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask and prior logits (1, 1, 4g, 4g) of one query (1, 3, S, S) from k supports (k, 3, S, S), masks (k, 1, S, S)."""
+    """Mask and prior logits (1, 1, 4g, 4g): query (1, 3, S, S), k supports (k, 3, S, S), their masks (k, 1, S, S)."""
     tokens, embedding = model.encode(query)
     shots = [model.encode(supports[index : index + 1])[0] for index in range(len(supports))]
     weights = [mask_to_tokens(masks[index : index + 1], model.config.encoder.patch) for index in range(len(supports))]
@@ -47,7 +47,7 @@ def correlate(model: FSDino, tokens: torch.Tensor, support: torch.Tensor, weight
 
 def mine(model: FSDino, response: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
     """Eqs. 4 and 5 with both forms spelt out: depthwise over the query, pointwise on the transposed form."""
-    branch, grid, half = model.correlation, model.config.grid, model.correlation.half
+    branch, grid, half = model.correlation, model.config.grid, model.correlation.coarse
     first = branch.reduce(F.gelu(response))  # (1, support cells, h, h): the query is the picture
     second = first.flatten(2).transpose(1, 2).unflatten(2, (half, half))  # (1, query cells, h, h): the support is
     second = branch.pointwise(second).flatten(2).transpose(1, 2).unflatten(2, (half, half))
@@ -57,7 +57,7 @@ def mine(model: FSDino, response: torch.Tensor, similarity: torch.Tensor) -> tor
 
 
 def extra_flops(config: FSDinoConfig, shots: int) -> float:
-    """FLOPs of the unfolded 4D branch beyond the folded one, per query: the volume, and its projection for each shot."""
+    """FLOPs per query of the unfolded 4D branch beyond the folded one: volume and projection for each shot."""
     if config.variant == "compact":
         return 0.0
     tokens, dim, hidden = config.grid**2, config.encoder.dim, config.correlation_hidden

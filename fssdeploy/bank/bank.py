@@ -205,7 +205,7 @@ class Bank:
         """Read everything and return what is wrong, one line each; an empty list means a healthy bank."""
         try:
             with self._index.reading() as connection:
-                lines = [str(line) for (line,) in connection.execute("PRAGMA integrity_check") if line != "ok"]
+                lines = [str(line) for (line,) in connection.execute("PRAGMA integrity_check(8)") if line != "ok"]
                 listed = list(self._infos(connection))
         except IntegrityError as error:
             return [error.line()]

@@ -32,7 +32,9 @@ def list_classes(directory: Directory, as_json: Json = False) -> None:
 
 
 @bank_app.command()
-def remove(directory: Directory, name: Annotated[str, typer.Argument(help="The class.")], as_json: Json = False) -> None:
+def remove(
+    directory: Directory, name: Annotated[str, typer.Argument(help="The class.")], as_json: Json = False
+) -> None:
     """Remove a class with all its versions."""
     from fssdeploy.bank.bank import Bank
     from fssdeploy.report import Report
@@ -68,5 +70,7 @@ def verify(directory: Directory, as_json: Json = False) -> None:
     with Bank.open(directory) as bank:
         problems = bank.verify()
     if problems:
-        raise IntegrityError("bank_damaged", f"bank '{directory}' is damaged", "; ".join(problems), "Enrol these again.")
+        raise IntegrityError(
+            "bank_damaged", f"bank '{directory}' is damaged", "; ".join(problems), "Enrol these again."
+        )
     emit(Report("bank is healthy", {"bank": str(directory)}, [], [], {"problems": []}), as_json)

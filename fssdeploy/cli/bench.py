@@ -18,7 +18,9 @@ def bench(
     shots: Annotated[str, typer.Option(help="Support counts to compare.")] = "1,5,25",
     variants: Annotated[str, typer.Option(help="Comma-separated; default: all that are installed.")] = "all",
     weights: Annotated[list[str] | None, typer.Option(help="The checkpoints the artifact was exported with.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Result file; default: benchmarks/results/latency-NAME.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; default: benchmarks/results/latency-NAME.json.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time queries on every runtime, interleaved in one run, and write a result file and a plot."""

@@ -25,7 +25,9 @@ def enroll(
     box: Annotated[list[str] | None, typer.Option(help="x0,y0,x1,y1 in pixels, instead of masks.")] = None,
     polygon: Annotated[list[str] | None, typer.Option(help="x,y,x,y,... in pixels, instead of masks.")] = None,
     label: Annotated[int | None, typer.Option(help="Which label of an indexed mask is the object.")] = None,
-    add: Annotated[bool, typer.Option("--add", help="Add the shots to the newest version instead of replacing it.")] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add the shots to the newest version instead of replacing it.")
+    ] = False,
     runtime: Runtime = "onnxruntime",
     threads: Threads = None,
     as_json: Json = False,
@@ -43,14 +45,18 @@ def enroll(
     with Bank.open(bank, system.fingerprint, create=True) as opened:
         version = opened.extend(name, state) if add else opened.put(name, state)
         shots = opened.get(name, version).shots
-    facts = {"class": name, "version": version, "shots": shots, "bank": str(bank), "enrolled in": f"{seconds * 1e3:.0f} ms"}
+    facts = {
+        "class": name,
+        "version": version,
+        "shots": shots,
+        "bank": str(bank),
+        "enrolled in": f"{seconds * 1e3:.0f} ms",
+    }
     data = {"class": name, "version": version, "shots": shots, "bank": str(bank), "seconds": seconds}
     emit(Report("enrolled", facts, [], notes(artifact), data), as_json)
 
 
-def enroll_pictures(
-    system: StagedSystem, pairs: list[tuple[Path, str]], label: int | None = None
-) -> ClassState:
+def enroll_pictures(system: StagedSystem, pairs: list[tuple[Path, str]], label: int | None = None) -> ClassState:
     """The class state of (picture, annotation) pairs; annotations as in the command line."""
     from fssdeploy.images.masks import load_mask
     from fssdeploy.images.pictures import load_picture
@@ -79,7 +85,9 @@ def _annotations(count: int, masks: list[str], boxes: list[str], polygons: list[
         total = sum(len(texts) for texts in given)
         raise InputError(
             "annotations_count",
-            f"{count} pictures came with {total} annotations" if len(given) < 2 else "annotations of several kinds were given",
+            f"{count} pictures came with {total} annotations"
+            if len(given) < 2
+            else "annotations of several kinds were given",
             "each --image needs exactly one, in the same order",
             "Use --mask for all; it also takes box:x0,y0,x1,y1 and polygon:x,y,...",
         )

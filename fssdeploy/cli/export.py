@@ -20,14 +20,22 @@ UNTRAINED_SEED = 0
 def export(
     system: Annotated[str, typer.Argument(help="The system to export: fsdino.")],
     preset: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "tiny",
-    weights: Annotated[list[Path] | None, typer.Option(help="Checkpoint; several add up (encoder, decoder, ...).")] = None,
+    weights: Annotated[
+        list[Path] | None, typer.Option(help="Checkpoint; several add up (encoder, decoder, ...).")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the encoder's canvas, in pixels.")] = None,
     variant: Annotated[str | None, typer.Option(help="full, or compact (no 4D correlation).")] = None,
-    options: Annotated[list[str] | None, typer.Option("--set", help="An open choice: NAME=VALUE (docs/fsdino.md).")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="An open choice: NAME=VALUE (docs/fsdino.md).")
+    ] = None,
     components: Annotated[str, typer.Option(help="all, or some of encoder,enroll,segment.")] = "all",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16 inside the graphs; inputs and outputs stay.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16 or bf16 inside the graphs; inputs and outputs stay.")
+    ] = "fp32",
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Let the batch size vary.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The artifact's directory; default: artifacts/SYSTEM-PRESET.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The artifact's directory; default: artifacts/SYSTEM-PRESET.")
+    ] = None,
     untrained: Annotated[bool, typer.Option(help="Fill what no checkpoint covers from a seed, and say so.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be written.")] = False,
     as_json: Json = False,
@@ -44,7 +52,10 @@ def export(
         config = configure(system, preset, image_size=image_size, variant=variant, options=options or [])
         if precision not in PRECISIONS:
             raise InputError(
-                "precision_unknown", f"there is no precision '{precision}'", "", f"Choose from: {', '.join(PRECISIONS)}."
+                "precision_unknown",
+                f"there is no precision '{precision}'",
+                "",
+                f"Choose from: {', '.join(PRECISIONS)}.",
             )
         request = ExportRequest(preset, config, choose_components(components), precision, dynamic_batch)
         if dry_run:
@@ -61,7 +72,12 @@ def export(
 
 
 def configure(
-    system: str, preset: str, *, image_size: int | None = None, variant: str | None = None, options: list[str] | None = None
+    system: str,
+    preset: str,
+    *,
+    image_size: int | None = None,
+    variant: str | None = None,
+    options: list[str] | None = None,
 ) -> FSDinoConfig:
     """The configuration of a preset with the choices of the command line. InputError for an unknown name or value."""
     from fssdeploy.systems import get_system

@@ -11,7 +11,6 @@ import os
 import sys
 from typing import NoReturn
 
-import click
 import typer
 
 from fssdeploy import __version__
@@ -22,7 +21,9 @@ from fssdeploy.cli.doctor import doctor
 from fssdeploy.cli.enroll import enroll
 from fssdeploy.cli.export import export
 from fssdeploy.cli.segment import segment
-from fssdeploy.errors import FssError, InputError
+from fssdeploy.errors import FssError, InputError, MachineError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="fssdeploy",
@@ -55,20 +56,24 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except FssError as error:
         sys.exit(_fail(error))
-    except click.exceptions.Abort:
-        sys.exit(_interrupted())
-    except KeyboardInterrupt:
-        sys.exit(_interrupted())
-    except click.ClickException as error:
-        hint = getattr(getattr(error, "ctx", None), "command_path", "fssdeploy")
-        usage = InputError("usage", error.format_message().replace("\n", " "), "", f"See: {hint} --help")
-        sys.exit(_fail(usage))
     except BrokenPipeError:
         # The reader (head, less) has gone; Python would complain again while flushing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except MemoryError:
-        sys.exit(_fail(FssError("no_memory", "the machine ran out of memory", "", "Use smaller pictures or a preset.")))
+        sys.exit(_fail(MachineError("no_memory", "the machine ran out of memory", "", "Use smaller pictures.")))
+    except (KeyboardInterrupt, Exception) as error:
+        # Usage errors and interrupts come as classes of click, which typer carries inside itself in some releases.
+        if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+            print("fssdeploy: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        if not hasattr(error, "format_message"):
+            raise
+        message = " ".join(error.format_message().split())
+        if not message:  # no arguments at all: the help has been printed
+            sys.exit(0)
+        command = getattr(getattr(error, "ctx", None), "command_path", "fssdeploy")
+        sys.exit(_fail(InputError("usage", message, "", f"See: {command} --help")))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -77,8 +82,3 @@ def _fail(error: FssError) -> int:
     if "--json" in sys.argv:
         print(json.dumps({"error": error.to_dict()}))
     return error.exit_code
-
-
-def _interrupted() -> int:
-    print("fssdeploy: interrupted", file=sys.stderr)
-    return 130

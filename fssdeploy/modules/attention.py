@@ -18,8 +18,12 @@ def multihead_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads
     """
     if torch.onnx.is_in_onnx_export():
         return torch.onnx.ops.symbolic(
-            ONNX_OPERATOR, (q, k, v), attrs={"num_heads": heads, "scale": (q.shape[-1] // heads) ** -0.5},
-            dtype=q.dtype, shape=q.shape, version=1
+            ONNX_OPERATOR,
+            (q, k, v),
+            attrs={"num_heads": heads, "scale": (q.shape[-1] // heads) ** -0.5},
+            dtype=q.dtype,
+            shape=q.shape,
+            version=1,
         )
     out = F.scaled_dot_product_attention(_split(q, heads), _split(k, heads), _split(v, heads))
     return out.transpose(1, 2).flatten(2)

@@ -27,9 +27,9 @@ class Correlation4D(nn.Module):
         upsample: str = "exact",
     ) -> None:
         super().__init__()
-        self.grid, self.half = grid, (grid + 1) // 2
+        self.grid, self.coarse = grid, (grid + 1) // 2
         self.measure, self.upsample = measure, upsample
-        cells = self.half**2
+        cells = self.coarse**2
         # Both position counts are channel counts here: these weights belong to one grid, for support and query.
         self.project = nn.Conv2d(grid**2, hidden, 1)
         self.reduce = nn.Conv2d(hidden, cells, 3, stride=2, padding=1)
@@ -58,7 +58,7 @@ class Correlation4D(nn.Module):
 
     def mine(self, response: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
         """Prior logits (B, 1, 4g, 4g) from the projected correlation (B, hidden, N) and the cosine prior (B, N)."""
-        grid, half = self.grid, self.half
+        grid, half = self.grid, self.coarse
         x = self.reduce(F.gelu(response).unflatten(2, (grid, grid)))
         spatial = self.depthwise(x)
         # Eq. 5 mixes query positions for every support cell: on (B, support, query) that is a product over the last

@@ -112,7 +112,9 @@ class DinoVisionTransformer(nn.Module):
         """
         patches = self.patch_embed(pictures)
         if table is None:
-            table = self.position_table(pictures.shape[-2] // self.config.patch, pictures.shape[-1] // self.config.patch)
+            table = self.position_table(
+                pictures.shape[-2] // self.config.patch, pictures.shape[-1] // self.config.patch
+            )
         batch = patches.shape[0]
         tokens = [(self.cls_token + table[:, :1]).expand(batch, -1, -1)]
         if self.config.registers:
@@ -145,7 +147,7 @@ class DinoVisionTransformer(nn.Module):
         For exported copies only: the network no longer has the official parameters afterwards.
         """
         for block in self.blocks:
-            block.fold_layer_scale()
+            block.fold_layer_scale()  # type: ignore[operator]
 
 
 class PatchEmbed(nn.Module):

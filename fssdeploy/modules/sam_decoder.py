@@ -1,8 +1,8 @@
 """SAM's mask decoder, mask down-scaling and Fourier position code, written to be exported.
 
-Source: Kirillov et al., "Segment Anything" (2023). Parameters carry the official names. One prompt set and one output mask
-(token 0) per picture: what FS-DINO supervises; the decoder's quality head and other mask tokens keep their weights but are
-not computed.
+Source: Kirillov et al., "Segment Anything" (2023). Parameters carry the official names. One prompt set and one output
+mask (token 0) per picture: what FS-DINO supervises; the decoder's quality head and other mask tokens keep their weights
+but are not computed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FS-DINO: one frozen DINOv2 encoder and a light segmenter that decodes with what it learned from SAM.
 
-Source: Zhuo et al., "DINOv2-powered Few-Shot Semantic Segmentation: A Unified Framework via Cross-Model Distillation and
-4D Correlation Mining". No code was published; every choice the text leaves open is in docs/fsdino.md.
+Source: Zhuo et al., "DINOv2-powered Few-Shot Semantic Segmentation: A Unified Framework via Cross-Model Distillation
+and 4D Correlation Mining". No code was published; every choice the text leaves open is in docs/fsdino.md.
 
     encode   picture -> tokens of the last block, embedding (adapter on an early block)
     enroll   support tokens, mask -> prototype, semantic prompt, folded 4D kernel
@@ -152,7 +152,7 @@ class FSDino(nn.Module):
         self.decoder = MaskDecoder(out, config.decoder_heads, config.decoder_mlp, iou_hidden=out)
 
     def freeze(self) -> None:
-        """Leave gradients only where stage 2 of the training puts them: never the encoder, the adapter if configured."""
+        """Leave gradients only where stage 2 of the training puts them: not in the encoder, in the adapter if chosen."""
         self.encoder.requires_grad_(False)
         self.adapter.requires_grad_(self.config.train_adapter)
 
@@ -193,7 +193,9 @@ class FSDino(nn.Module):
         """Mask logits and prior logits, each (B, 1, 4g, 4g), for B pairs of a query and a class state."""
         similarity = cosine_prior(tokens, state["prototype"])
         response = self.correlation.respond(state["kernel4d"], tokens) if self.config.variant == "full" else None
-        return self.decode(embedding, similarity, response, self.svp.tokens(state.get("svp"), tokens.shape[0]), position)
+        return self.decode(
+            embedding, similarity, response, self.svp.tokens(state.get("svp"), tokens.shape[0]), position
+        )
 
     def decode(
         self,
@@ -245,7 +247,7 @@ def build(config: FSDinoConfig) -> FSDino:
 
 
 def initialise_untrained(model: FSDino, seed: int) -> None:
-    """Fill every parameter from a seed, scaled so that all parts respond to their input (untrained, for shape checks)."""
+    """Fill every parameter from a seed, scaled so that all parts respond to their input; the masks mean nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -298,6 +300,8 @@ def specs(config: FSDinoConfig) -> dict[str, StageSpec]:
 
 
 class EncoderStage(nn.Module):
+    table: torch.Tensor
+
     def __init__(self, model: FSDino, table: torch.Tensor) -> None:
         super().__init__()
         self.model = model
@@ -319,6 +323,8 @@ class EnrollStage(nn.Module):
 
 
 class SegmentStage(nn.Module):
+    position_code: torch.Tensor
+
     def __init__(self, model: FSDino, position: torch.Tensor, names: list[str]) -> None:
         super().__init__()
         self.model = model
@@ -350,5 +356,5 @@ def reference_stages(model: FSDino) -> dict[str, nn.Module]:
 def stages(model: FSDino, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     """Exportable copies of the three stages: LayerScale folded, inside in `dtype`, borders in float32."""
     exported = copy.deepcopy(reference_stages(model))
-    exported["encoder"].model.encoder.fold_layer_scale()
+    exported["encoder"].get_submodule("model.encoder").fold_layer_scale()  # type: ignore[operator]
     return {name: stage.eval().requires_grad_(False).to(dtype) for name, stage in exported.items()}

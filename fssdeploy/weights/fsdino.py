@@ -59,8 +59,8 @@ def fill(model: FSDino, files: Sequence[str | Path], untrained_seed: int | None)
             "this preset has no weights of its own",
             given,
             "Pass --weights with a trained FS-DINO checkpoint. The encoder comes from dinov2_vit[s|b|l]14_pretrain.pth"
-            " (DINOv2 release), the decoder's initial values from sam_vit_h_4b8939.pth (Segment Anything release); several"
-            " --weights add up. For benchmarks and shape checks use --untrained.",
+            " (DINOv2 release), the decoder's initial values from sam_vit_h_4b8939.pth (Segment Anything release);"
+            " several --weights add up. For benchmarks and shape checks use --untrained.",
         )
     status = "trained" if not open_groups else "partial" if sources else "untrained"
     return Provenance(status, open_groups, untrained_seed if open_groups else None, sources)

@@ -212,22 +212,65 @@ def test_verify_ignores_what_is_removed_meanwhile(tmp_path, monkeypatch):
         assert races[0].files == 2
 
 
+def test_many_may_make_the_same_bank_at_once(tmp_path):
+    barrier = threading.Barrier(4)
+
+    def make(_: int) -> None:
+        for number in range(15):
+            barrier.wait(20)
+            with Bank.open(tmp_path / str(number), FINGERPRINT, create=True) as bank:
+                bank.put("cup", state_of(1))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(make, range(4)))
+    for number in range(15):
+        with Bank.open(tmp_path / str(number)) as bank:
+            assert [info.version for info in bank.versions("cup")] == [1, 2, 3, 4]
+
+
+def test_making_a_bank_tries_again_when_sqlite_refuses_without_waiting(tmp_path, monkeypatch):
+    """SQLite answers "busy" at once when two processes turn on its log together; here that is made certain."""
+    refusals = []
+
+    class Refusing(sqlite3.Connection):
+        def execute(self, sql, *values):
+            if "journal_mode" in sql and len(refusals) < 3:
+                refusals.append(sql)
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+                raise error
+            return super().execute(sql, *values)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Refusing, **options))
+    with Bank.open(tmp_path / "bank", FINGERPRINT, create=True) as bank:
+        assert bank.put("cup", state_of(1)) == 1
+    assert len(refusals) == 3
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_bank_opened_before_a_fork_works_on_both_sides(tmp_path):
-    with Bank.open(tmp_path / "bank", FINGERPRINT, create=True) as bank:
-        bank.put("cup", state_of(1))
-        child = os.fork()
-        if child == 0:
-            try:
-                bank.put("cup", state_of(2))
-                bank.close()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        bank.put("cup", state_of(3))
-        assert os.waitpid(child, 0)[1] == 0
-        assert [info.version for info in bank.versions("cup")] == [1, 2, 3]
-        assert bank.verify() == []
+    """The parent's last act removes SQLite's log, which a child on the same connection would go on writing to."""
+    bank = Bank.open(tmp_path / "bank", FINGERPRINT, create=True)
+    bank.put("cup", state_of(1))
+    go_on_reading, go_on = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.read(go_on_reading, 1)
+            bank.put("cup", state_of(3))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    bank.put("cup", state_of(2))
+    bank.close()
+    os.write(go_on, b".")
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(go_on)
+    os.close(go_on_reading)
+    with Bank.open(tmp_path / "bank") as again:
+        assert [again.get("cup", version).tensors["mean"][0] for version in (1, 2, 3)] == [1, 2, 3]
+        assert again.verify() == []
 
 
 def test_a_failed_write_releases_its_lock(tmp_path, monkeypatch):

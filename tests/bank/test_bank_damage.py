@@ -141,6 +141,47 @@ def test_flipped_bytes_in_the_index_give_only_our_errors(bank, make_state, tmp_p
     assert noticed > 30
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE state SET name = x'63'",
+        "UPDATE state SET version = 'two'",
+        "UPDATE state SET meta = 'not JSON'",
+        "UPDATE bank SET format = 'old'",
+        "DELETE FROM bank",
+        "DROP TABLE state",
+    ],
+)
+def test_an_index_with_senseless_values(bank, make_state, change):
+    bank.put("cup", make_state())
+    bank.close()
+    connection = sqlite3.connect(bank.directory / "index.sqlite", isolation_level=None)
+    connection.execute(change)
+    connection.close()
+    with pytest.raises(IntegrityError) as caught, Bank.open(bank.directory) as opened:
+        opened.names()
+        opened.versions("cup")
+    assert caught.value.code == "bank_damaged"
+
+
+def test_verify_looks_at_pages_that_no_listing_reads(bank, make_state):
+    for seed in range(40):
+        bank.put(f"class {seed}", make_state(seed))
+    bank.close()
+    path = bank.directory / "index.sqlite"
+    connection = sqlite3.connect(path)
+    (page,) = connection.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_class_1'"
+    ).fetchone()
+    connection.close()
+    flip(path, 4096 * page - 6)  # in the text of the first entry
+    with Bank.open(bank.directory) as opened:
+        assert len(opened.names()) == 40
+        problems = opened.verify()
+    assert len(problems) == 1
+    assert "sqlite_autoindex_class_1" in problems[0]
+
+
 def test_verify_reports_a_damaged_page(bank, make_state):
     for seed in range(40):
         bank.put(f"class {seed}", make_state(seed))

@@ -81,10 +81,11 @@ class Report:
         return re.sub(r"\n{3,}", "\n\n", lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in JSON's own types. Numbers that JSON has no word for (NaN, infinity) become None."""
-        tables = [{"title": table.title, "columns": table.columns, "rows": table.rows} for table in self.tables]
-        parts = {"title": self.title, "facts": self.facts, "tables": tables, "notes": self.notes, "data": self.data}
-        return {name: _plain(value) for name, value in parts.items()}
+        """What programs read: `data` at the top, with the title and the notes, in JSON's own types.
+
+        Facts and tables say the same to people and are left out. Numbers that JSON has no word for become None.
+        """
+        return {name: _plain(value) for name, value in {"title": self.title, "notes": self.notes, **self.data}.items()}
 
     def json(self) -> str:
         """`to_dict()` as indented JSON."""

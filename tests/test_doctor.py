@@ -31,7 +31,7 @@ def paths(
     monkeypatch.setattr(doctor, "_has_module", lambda name: name not in absent)
     monkeypatch.setattr(doctor, "_providers", lambda: (providers, ""))
     monkeypatch.setattr(doctor, "_gpu", lambda: gpu)
-    found: dict[str, Any] = doctor.diagnose().to_dict()["data"]["paths"]
+    found: dict[str, Any] = doctor.diagnose().to_dict()["paths"]
     return found
 
 
@@ -136,4 +136,4 @@ def test_asking_loads_nothing_heavy_and_prints_json() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
-    assert set(json.loads(done.stdout)["data"]) == {"machine", "packages", "paths"}
+    assert set(json.loads(done.stdout)) == {"title", "notes", "machine", "packages", "paths"}

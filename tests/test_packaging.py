@@ -232,7 +232,7 @@ def test_the_base_wheel_alone_is_small_and_works(tmp_path: Path) -> None:
     names = {canonicalize_name(item["name"]) for item in json.loads(call(python, "-m", "pip", "list", "--format=json"))}
     assert not [name for name in names if is_torch(name)]
     call(python, "-c", "import fssdeploy, fssdeploy.pipeline, fssdeploy.bank, fssdeploy.export, fssdeploy.kernels")
-    paths = json.loads(call(python.parent / "fssdeploy", "doctor", "--json"))["data"]["paths"]
+    paths = json.loads(call(python.parent / "fssdeploy", "doctor", "--json"))["paths"]
     assert paths["deploy_onnxruntime_cpu"]["ok"]
     assert "torch" in paths["export"]["missing"]
 

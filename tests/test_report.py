@@ -63,16 +63,27 @@ def test_text_is_ascii_so_that_any_locale_can_print_it() -> None:
 def test_json_has_only_plain_values() -> None:
     report = Report(
         "t",
-        {"path": Path("a") / "b", "share": np.float32(0.5)},
+        {"fact": "for people"},
         [Table("x", ["n"], [[np.int64(3)], [float("nan")]])],
-        data={"array": np.arange(3), "inf": [float("inf"), np.float64("-inf")], "tuple": (1, np.bool_(True)), 5: None},
+        ["a note"],
+        data={
+            "path": Path("a") / "b",
+            "share": np.float32(0.5),
+            "array": np.arange(3),
+            "inf": [float("inf"), np.float64("-inf")],
+            "tuple": (1, np.bool_(True)),
+            5: None,
+        },
     )
     assert json.loads(report.json()) == {
         "title": "t",
-        "facts": {"path": str(Path("a") / "b"), "share": 0.5},
-        "tables": [{"title": "x", "columns": ["n"], "rows": [[3], [None]]}],
-        "notes": [],
-        "data": {"array": [0, 1, 2], "inf": [None, None], "tuple": [1, True], "5": None},
+        "notes": ["a note"],
+        "path": str(Path("a") / "b"),
+        "share": 0.5,
+        "array": [0, 1, 2],
+        "inf": [None, None],
+        "tuple": [1, True],
+        "5": None,
     }
 
 

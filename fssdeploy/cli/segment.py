@@ -15,10 +15,12 @@ from fssdeploy.errors import InputError
 if TYPE_CHECKING:
     from fssdeploy.protocol import ClassState
 
+DEFAULT_ARTIFACT = Path("artifacts") / "fsdino-tiny"  # where `fssdeploy export fsdino` writes
+
 
 def segment(
     context: typer.Context,
-    paths: Annotated[list[Path] | None, typer.Argument(help="ARTIFACT, then pictures or folders.")] = None,
+    paths: Annotated[list[Path] | None, typer.Argument(help="ARTIFACT (default: artifacts/fsdino-tiny), then pictures or folders.")] = None,
     bank: Annotated[Path | None, typer.Option(help="Directory of enrolled classes.")] = None,
     classes: Annotated[str | None, typer.Option("--class", help="NAME[,NAME2...] from the bank; default: all.")] = None,
     support: Annotated[list[str] | None, typer.Option(help="PICTURE:MASK instead of a bank; repeat for shots.")] = None,
@@ -38,9 +40,7 @@ def segment(
     if bool(bank) == bool(support):
         raise InputError("usage", "segment needs either --bank or --support", "", f"See: {context.command_path} --help")
     given = list(paths or [])
-    if not given:
-        raise InputError("usage", "no artifact was given", "it comes first", "Run fssdeploy export fsdino for one.")
-    artifact = given.pop(0)
+    artifact = given.pop(0) if given else DEFAULT_ARTIFACT
     files = find_pictures([*given, *(query or [])])
     with progress_lines(as_json) as progress:
         progress("loading")

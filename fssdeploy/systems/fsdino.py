@@ -152,7 +152,7 @@ class FSDino(nn.Module):
         self.decoder = MaskDecoder(out, config.decoder_heads, config.decoder_mlp, iou_hidden=out)
 
     def freeze(self) -> None:
-        """Leave gradients only where stage 2 of the training puts them: not in the encoder, in the adapter if chosen."""
+        """Leave gradients only where stage 2 of the training puts them: not the encoder, the adapter if chosen."""
         self.encoder.requires_grad_(False)
         self.adapter.requires_grad_(self.config.train_adapter)
 

@@ -95,7 +95,7 @@ def read_model(source: Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Path | 
             raise _unreadable(f"'{source}'", str(error)) from error
     folder = Path(source).parent
     for tensor in model.graph.initializer:
-        if _is_external(tensor) and _size(tensor) <= SMALL_TENSOR:
+        if _is_external(tensor) and 0 < _size(tensor) <= SMALL_TENSOR:
             tensor.raw_data = _stored(tensor, folder).tobytes()
             tensor.data_location = TensorProto.DEFAULT
             del tensor.external_data[:]
@@ -105,7 +105,8 @@ def read_model(source: Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Path | 
 class Graph:
     """A model to look things up in: types and shapes inferred, local functions inlined.
 
-    Nodes inside If, Loop and Scan are not seen. Raises IntegrityError if the graph is not valid ONNX.
+    An inferred size takes the place of a declared name, of outputs too. Nodes inside If, Loop and Scan are not seen.
+    Raises IntegrityError if the graph is not valid ONNX.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -205,7 +206,7 @@ def _stored(tensor: TensorProto, folder: Path) -> np.ndarray:
     """The bytes of an external tensor, mapped from its file. IntegrityError if they are not there."""
     info = ExternalDataInfo(tensor)
     try:
-        return np.memmap(folder / info.location, np.uint8, "r", info.offset or 0, (_size(tensor),))
+        return np.memmap(folder / info.location, np.uint8, "r", info.offset or 0, (info.length or _size(tensor),))
     except (OSError, ValueError) as error:
         raise IntegrityError(
             "weights_missing",
@@ -237,11 +238,14 @@ def _label(node: NodeProto) -> str:
 # --- rules -------------------------------------------------------------------------------------------------------
 
 
+Check = Callable[[Stage], Iterable[Trip]]
+
+
 @dataclass(frozen=True)
 class Rule:
     severity: str
     name: str
-    check: Callable[[Stage], Iterable[Trip]]
+    check: Check
 
     @property
     def reason(self) -> str:
@@ -250,8 +254,6 @@ class Rule:
 
 
 RULES: list[Rule] = []
-
-Check = Callable[[Stage], Iterable[Trip]]
 
 
 def rule(severity: str, name: str) -> Callable[[Check], Check]:
@@ -487,9 +489,8 @@ def einsum(stage: Stage) -> Iterator[Trip]:
 
 
 def _is_restricted(node: NodeProto) -> bool:
-    equation = node_attribute(node, "equation", "").replace(" ", "")
-    terms = equation.split("->")[0].split(",")
-    return "..." in equation or any(len(set(term)) < len(term) for term in terms)
+    terms = node_attribute(node, "equation", "").replace(" ", "").split("->")[0].split(",")
+    return any(len(set(term)) < len(term) for term in terms)  # an ellipsis is a dot three times
 
 
 @rule("error", "topk")

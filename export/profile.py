@@ -45,7 +45,7 @@ def parameters(path_or_model: Path | onnx.ModelProto) -> int:
 
 
 def _with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """A copy in which the names of free input dimensions are `batch` everywhere; other names are inferred again."""
+    """A copy in which the free dimensions of the inputs are `batch`, wherever their names stand."""
     bound = onnx.ModelProto()
     bound.CopyFrom(model)
     free = {dim.dim_param for value in bound.graph.input for dim in value.type.tensor_type.shape.dim if dim.dim_param}
@@ -53,8 +53,6 @@ def _with_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in free:
                 dim.dim_value = batch
-            elif dim.dim_param:
-                dim.Clear()
     return bound
 
 

@@ -33,23 +33,29 @@ def extend_many(directory: Path, worker: int, count: int) -> list[int]:
         return [bank.extend("cup", state_of(worker)) for _ in range(count)]
 
 
-def put_and_read(directory: Path, worker: int, count: int) -> list[int]:
-    """While others prune: what was just put must be readable, or already replaced by a newer version."""
-    with Bank.open(directory, FINGERPRINT) as bank:
-        versions = []
-        for number in range(count):
-            # Every third state is the same for all: its file appears and disappears under the pruner's eyes.
-            state = state_of(7 if number % 3 == 0 else 1000 * worker + number)
-            versions.append(bank.put(f"class {worker % 2}", state))
-            bank.get(f"class {worker % 2}")
-        return versions
+def put_and_read(directory: Path, worker: int, stop: Path) -> list[int]:
+    """While another prunes: what was just put must be readable, or already replaced by a newer version."""
+    versions: list[int] = []
+    try:
+        with Bank.open(directory, FINGERPRINT) as bank:
+            while not stop.exists():
+                # Every third state is the same for all: its file appears and disappears under the pruner's eyes.
+                state = state_of(7 if len(versions) % 3 == 0 else 1000 * worker + len(versions))
+                versions.append(bank.put(f"class {worker % 2}", state))
+                bank.get(f"class {worker % 2}")
+    finally:
+        stop.touch()
+    return versions
 
 
-def prune_until(directory: Path, stop: Path) -> int:
+def prune_many(directory: Path, files: int, stop: Path) -> int:
     removed = 0
-    with Bank.open(directory, FINGERPRINT) as bank:
-        while not stop.exists():
-            removed += bank.prune(keep=1).files
+    try:
+        with Bank.open(directory, FINGERPRINT) as bank:
+            while removed < files and not stop.exists():
+                removed += bank.prune(keep=1).files
+    finally:
+        stop.touch()
     return removed
 
 
@@ -85,14 +91,12 @@ def test_no_shot_is_lost_when_processes_extend_the_same_class(tmp_path, processe
 def test_pruning_never_takes_a_file_that_is_being_put(tmp_path, processes):
     stop = tmp_path / "stop"
     with Bank.open(tmp_path / "bank", FINGERPRINT, create=True) as bank:
-        pruner = processes.submit(prune_until, bank.directory, stop)
-        results = [processes.submit(put_and_read, bank.directory, worker, 60) for worker in range(3)]
-        try:
-            versions = [result.result() for result in results]
-        finally:
-            stop.touch()
-        assert pruner.result() > 0
-        assert sorted(versions[0] + versions[2]) == list(range(1, 121))
+        results = [processes.submit(put_and_read, bank.directory, worker, stop) for worker in range(3)]
+        pruner = processes.submit(prune_many, bank.directory, 30, stop)
+        versions = [result.result() for result in results]
+        assert pruner.result() >= 30
+        together = sorted(versions[0] + versions[2])
+        assert together == list(range(1, len(together) + 1))
         assert bank.verify() == []
         bank.prune()
         assert len(list((bank.directory / "states").iterdir())) == len(
@@ -168,6 +172,35 @@ def test_pruning_waits_for_a_put_that_has_written_its_file(tmp_path, monkeypatch
         assert putting.result() == 1
         assert pruning.result().files == 0
         assert bank.get("cup").tensors["mean"][0] == 1
+
+
+def test_pruning_looks_and_deletes_under_one_write_lock(tmp_path, monkeypatch):
+    """So that no put can write a file, or commit its row, between the two: the race itself is too rare to wait for."""
+    steps: list[str] = []
+    connect, unlink = sqlite3.connect, Path.unlink
+
+    def connect_traced(*args, **options) -> sqlite3.Connection:
+        connection = connect(*args, **options)
+        connection.set_trace_callback(lambda sql: steps.append(" ".join(sql.split()[:2])))
+        return connection
+
+    def unlink_traced(path: Path) -> None:
+        steps.append("unlink")
+        other = connect(tmp_path / "bank" / "index.sqlite", timeout=0, isolation_level=None)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
+        unlink(path)
+
+    monkeypatch.setattr(sqlite3, "connect", connect_traced)
+    with Bank.open(tmp_path / "bank", FINGERPRINT, create=True) as bank:
+        bank.put("cup", state_of(1))
+        bank.put("cup", state_of(2))
+        steps.clear()
+        monkeypatch.setattr(Path, "unlink", unlink_traced)
+        assert bank.prune().files == 1
+    removal = ["BEGIN IMMEDIATE", "DELETE FROM", "COMMIT"]
+    assert steps == [*removal, "BEGIN IMMEDIATE", "SELECT sha256", "unlink", "COMMIT"]
 
 
 @pytest.mark.parametrize("outcome", ["newer", "gone"])

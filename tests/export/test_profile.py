@@ -95,6 +95,15 @@ def test_a_graph_given_as_an_object_keeps_its_free_batch() -> None:
     assert graph.SerializeToString() == before
 
 
+def test_names_that_the_exporter_gave_inner_dimensions_are_inferred_anew() -> None:
+    graph = graph_of(
+        "float[batch,5,3] x", "float[batch,5,5] y", "t = Transpose <perm = [0, 2, 1]> (x) y = MatMul(x, t)"
+    )
+    graph.graph.value_info.append(onnx.helper.make_tensor_value_info("t", onnx.TensorProto.FLOAT, ["s7", 3, "s8"]))
+    graph.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "s8"
+    assert count_flops(graph)["total"] == 2 * 5 * 5 * 3
+
+
 def test_a_shape_that_cannot_be_inferred_is_an_error() -> None:
     graph = graph_of("float[batch,5] x", "float[batch,5] y", "a = com.microsoft.Unheard(x) y = MatMul(a, a)")
     with pytest.raises(InputError, match="the shape of 'a' cannot be inferred"):

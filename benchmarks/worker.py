@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fssdeploy.benchmarks.machine import peak_memory_mib
 
 from fssdeploy.artifact import Artifact, load
+from fssdeploy.benchmarks.machine import peak_memory_mib
 from fssdeploy.engines import available_cores
 from fssdeploy.pipeline import StagedSystem
 from fssdeploy.protocol import ClassState, Features
@@ -86,11 +86,11 @@ class Contestant:
 
     def _torch_system(self, artifact: Path, weights: list[str]) -> StagedSystem:
         import torch
-        from fssdeploy.benchmarks.baselines.fsdino_research import joint_forward
-        from fssdeploy.export.artifact import preprocessing
 
+        from fssdeploy.benchmarks.baselines.fsdino_research import joint_forward
         from fssdeploy.engines.torch import TorchEngine
         from fssdeploy.errors import InputError
+        from fssdeploy.export.artifact import preprocessing
         from fssdeploy.systems import fsdino
         from fssdeploy.weights.fsdino import fill, fingerprint
 

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fssdeploy.export.lint import Finding, lint
-from fssdeploy.export.onnx import OPSET, OPSET_BF16, StageFiles, export_stage
-from fssdeploy.export.parity import check_parity, parity_report
 
 import fssdeploy
 from fssdeploy.artifact import FORMAT, MANIFEST, digest, file_sha256
 from fssdeploy.engines import RUNTIMES, available_cores, open_engine
 from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.errors import CheckFailedError, InputError, MachineError
+from fssdeploy.export.lint import Finding, lint
+from fssdeploy.export.onnx import OPSET, OPSET_BF16, StageFiles, export_stage
+from fssdeploy.export.parity import check_parity, parity_report
 from fssdeploy.files import storage_error
 from fssdeploy.protocol import StageSpec
 from fssdeploy.report import Report, Table
@@ -193,7 +193,9 @@ def _write_graphs(
         found = lint(folder / files[name].portable, spec, target_opset=target_opset, precision=request.precision)
         if variant := files[name].onnxruntime:
             allowed = frozenset({"com.microsoft"})
-            found += lint(folder / variant, spec, target_opset=target_opset, allowed_domains=allowed)
+            found += lint(
+                folder / variant, spec, target_opset=target_opset, precision=request.precision, allowed_domains=allowed
+            )
         findings.extend(found)
     broken = [finding for finding in findings if finding.severity == "error"]
     if broken:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,27 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper, shape_inference
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
-from fssdeploy.errors import IntegrityError
-from fssdeploy.files import open_file
+from fssdeploy.export.graph import (
+    STANDARD_DOMAINS,
+    UNKNOWN,
+    Dim,
+    Graph,
+    input_name,
+    is_external,
+    node_attribute,
+    read_model,
+    stored_bytes,
+    stored_values,
+)
 from fssdeploy.protocol import StageSpec, TensorSpec
 
-STANDARD_DOMAINS = frozenset({"", "ai.onnx"})
-SMALL_TENSOR = 64 << 10  # bytes: below this an initialiser may hold a shape, an axis or a size
 LARGE_TENSOR = 64 << 20  # bytes: above this a second copy is worth an error
 HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 FLOATING = (TensorProto.FLOAT, TensorProto.DOUBLE, *HALF)
-UNKNOWN = "?"  # a dimension that has neither a number nor a name
 
 # What stays of an absolute path in text: at its start or after a separator, at least two names deep; or a drive letter.
 ABSOLUTE_PATH = re.compile(r"""(?:^|[\s"'(=,;:])(?:/[\w.+@~-]+){2,}|\b[A-Za-z]:\\""")
 
-Dim = int | str
 Trip = tuple[str, str]  # node or tensor, and what is wrong with it
 
 
@@ -78,99 +81,6 @@ def lint(
     return sorted(findings, key=lambda finding: finding.severity != "error")
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def read_model(source: Path | onnx.ModelProto) -> tuple[onnx.ModelProto, Path | None]:
-    """A model with its large weights left on disk, and the folder they are in (None for a model given as an object).
-
-    Raises InputError if there is no such file, IntegrityError if it is not ONNX or its weights are missing.
-    """
-    if isinstance(source, onnx.ModelProto):
-        return source, None
-    with open_file(source) as stream:
-        try:
-            model = onnx.load_model_from_string(stream.read())
-        except DecodeError as error:
-            raise _unreadable(f"'{source}'", str(error)) from error
-    folder = Path(source).parent
-    for tensor in model.graph.initializer:
-        if _is_external(tensor) and 0 < _size(tensor) <= SMALL_TENSOR:
-            tensor.raw_data = _stored(tensor, folder).tobytes()
-            tensor.data_location = TensorProto.DEFAULT
-            del tensor.external_data[:]
-    return model, folder
-
-
-class Graph:
-    """A model to look things up in: types and shapes inferred, local functions inlined.
-
-    An inferred size takes the place of a declared name, of outputs too. Nodes inside If, Loop and Scan are not seen.
-    Raises IntegrityError if the graph is not valid ONNX.
-    """
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        try:
-            inlined = inliner.inline_local_functions(model) if model.functions else model
-            graph = shape_inference.infer_shapes(inlined, data_prop=True).graph
-        except (shape_inference.InferenceError, RuntimeError) as error:
-            raise _unreadable(f"graph '{model.graph.name}'", str(error)) from error
-        self.nodes = list(graph.node)
-        self.initialisers = {tensor.name: tensor for tensor in graph.initializer}
-        self.inputs = [value for value in graph.input if value.name not in self.initialisers]
-        self.outputs = list(graph.output)
-        self.types = {name: tensor.data_type for name, tensor in self.initialisers.items()}
-        self.shapes: dict[str, tuple[Dim, ...]] = {name: tuple(t.dims) for name, t in self.initialisers.items()}
-        for value in [*graph.value_info, *self.inputs, *self.outputs]:
-            self.types[value.name] = value.type.tensor_type.elem_type
-            if value.type.tensor_type.HasField("shape"):
-                dims = value.type.tensor_type.shape.dim
-                self.shapes[value.name] = tuple(
-                    dim.dim_value if dim.HasField("dim_value") else dim.dim_param or UNKNOWN for dim in dims
-                )
-        self.producer = {name: node for node in self.nodes for name in node.output if name}
-        self.consumers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
-        for node in self.nodes:
-            for position, name in enumerate(node.input):
-                self.consumers[name].append((node, position))
-
-    def of(self, *operators: str) -> Iterator[NodeProto]:
-        """Nodes of these standard operators; a trailing ``*`` stands for any ending."""
-        prefixes = tuple(name[:-1] for name in operators if name.endswith("*"))
-        for node in self.nodes:
-            if node.domain in STANDARD_DOMAINS and (node.op_type in operators or node.op_type.startswith(prefixes)):
-                yield node
-
-    def made_by(self, name: str, *operators: str) -> NodeProto | None:
-        """The node that computes `name`, if it is one of these operators."""
-        node = self.producer.get(name)
-        return node if node is not None and node.op_type in operators else None
-
-    def is_constant(self, name: str) -> bool:
-        return name in self.initialisers or self.made_by(name, "Constant") is not None
-
-    def value(self, name: str) -> np.ndarray | None:
-        """The value of an initialiser or Constant; None if it is computed, or too large to have been read."""
-        if name in self.initialisers:
-            tensor = self.initialisers[name]
-            return None if _is_external(tensor) else numpy_helper.to_array(tensor)
-        node = self.made_by(name, "Constant")
-        if node is None:
-            return None
-        content = helper.get_attribute_value(node.attribute[0])
-        return numpy_helper.to_array(content) if isinstance(content, TensorProto) else np.asarray(content)
-
-    def computed_from_constants(self, *, and_shapes: bool) -> set[str]:
-        """Tensors that depend on initialisers alone; with `and_shapes`, on the shapes of other tensors too."""
-        known = set(self.initialisers)
-        sources = {"Constant", "Shape", "Size"} if and_shapes else {"Constant"}
-        for node in self.nodes:
-            if node.op_type in sources or (node.input and all(name in known or not name for name in node.input)):
-                known.update(node.output)
-        return known
-
-
 @dataclass(frozen=True)
 class Stage:
     """What a rule may look at; the fields are the arguments of `lint`."""
@@ -191,44 +101,6 @@ class Stage:
         specs = {tensor.name: tensor for tensor in (*self.spec.inputs, *self.spec.outputs)}
         names = [value.name for value in (*self.graph.inputs, *self.graph.outputs)]
         return [(name, self.graph.shapes.get(name), specs[name]) for name in names if name in specs]
-
-
-def _is_external(tensor: TensorProto) -> bool:
-    return tensor.data_location == TensorProto.EXTERNAL
-
-
-def _size(tensor: TensorProto) -> int:
-    """Bytes of a tensor's values."""
-    return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-
-
-def _stored(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """The bytes of an external tensor, mapped from its file. IntegrityError if they are not there."""
-    info = ExternalDataInfo(tensor)
-    try:
-        return np.memmap(folder / info.location, np.uint8, "r", info.offset or 0, (info.length or _size(tensor),))
-    except (OSError, ValueError) as error:
-        raise IntegrityError(
-            "weights_missing",
-            f"the values of '{tensor.name}' are not in '{folder / info.location}'",
-            str(error),
-            "Export the stage again, or copy its weights file beside it.",
-        ) from error
-
-
-def _unreadable(subject: str, why: str) -> IntegrityError:
-    return IntegrityError("graph_unreadable", f"{subject} is not valid ONNX", why, "Export the stage again.")
-
-
-def _input(node: NodeProto, position: int) -> str:
-    """The name of an input, empty if it is left out."""
-    return node.input[position] if position < len(node.input) else ""
-
-
-def node_attribute(node: NodeProto, name: str, default: Any) -> Any:
-    """The value of an attribute, bytes as text; `default` if the node does not carry it."""
-    value = next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _label(node: NodeProto) -> str:
@@ -309,7 +181,10 @@ def io_shape(stage: Stage) -> Iterator[Trip]:
         pairs = zip(shape or (), spec.shape, strict=False)
         wrong = any(isinstance(have, int) and isinstance(want, int) and have != want for have, want in pairs)
         if shape is None or len(shape) != len(spec.shape) or wrong:
-            yield name, f"'{name}' has shape {shape or 'unknown'} and is declared {spec.shape_text()}"
+            yield (
+                name,
+                f"'{name}' has shape {'unknown' if shape is None else shape} and is declared {spec.shape_text()}",
+            )
 
 
 @rule("error", "int64-io")
@@ -432,7 +307,7 @@ def random_operator(stage: Stage) -> Iterator[Trip]:
     graph = stage.graph
     yield from _each(graph.of("RandomNormal*", "RandomUniform*", "Multinomial", "Bernoulli"))
     for node in graph.of("Dropout"):
-        training = _input(node, 2)
+        training = input_name(node, 2)
         if training:
             value = graph.value(training)
             if value is None or value.any():
@@ -468,7 +343,7 @@ def resize_size(stage: Stage) -> Iterator[Trip]:
     """The size must be known when an engine is built, or follow from shapes where the batch is free. Give a number."""
     known = stage.graph.computed_from_constants(and_shapes=True) | {""}
     for node in stage.graph.of("Resize"):
-        if not {_input(node, 2), _input(node, 3)} <= known:
+        if not {input_name(node, 2), input_name(node, 3)} <= known:
             yield _label(node), "the size of Resize is computed from data"
 
 
@@ -497,8 +372,8 @@ def _is_restricted(node: NodeProto) -> bool:
 def topk(stage: Stage) -> Iterator[Trip]:
     """TensorRT needs a constant K below 3840 and sorts always. Choose in glue otherwise."""
     for node in stage.graph.of("TopK"):
-        count = stage.graph.value(_input(node, 1))
-        if not stage.graph.is_constant(_input(node, 1)):
+        count = stage.graph.value(input_name(node, 1))
+        if not stage.graph.is_constant(input_name(node, 1)):
             yield _label(node), "K of TopK is computed"
         elif count is not None and count.max() >= 3840:
             yield _label(node), f"K of TopK is {count.max()}"
@@ -511,7 +386,7 @@ def computed_axes(stage: Stage) -> Iterator[Trip]:
     """TensorRT needs axes as initialisers. Give them as Python numbers in forward."""
     positions = {"Squeeze": 1, "Unsqueeze": 1, "Slice": 3, "Pad": 3, "CumSum": 1}
     for node in stage.graph.of(*positions, "Reduce*"):
-        axes = _input(node, positions.get(node.op_type, 1))
+        axes = input_name(node, positions.get(node.op_type, 1))
         if axes and not stage.graph.is_constant(axes):
             yield _label(node), f"the axes of {node.op_type} are computed"
 
@@ -529,7 +404,7 @@ def size_at_build(stage: Stage) -> Iterator[Trip]:
     """TensorRT must know the size of EyeLike, Hardmax and OneHot when it builds. Give a number."""
     graph = stage.graph
     for node in graph.of("OneHot"):
-        if not graph.is_constant(_input(node, 1)):
+        if not graph.is_constant(input_name(node, 1)):
             yield _label(node), "the depth of OneHot is computed"
     for node in graph.of("EyeLike", "Hardmax"):
         shape = graph.shapes.get(node.input[0], (UNKNOWN,))
@@ -645,8 +520,8 @@ def duplicated_initialiser(stage: Stage) -> Iterator[Trip]:
     """Tied weights were exported twice, and every engine holds both. Let both nodes read one initialiser."""
     by_size: dict[int, list[TensorProto]] = defaultdict(list)
     for tensor in stage.graph.initialisers.values():
-        if _size(tensor) > LARGE_TENSOR:
-            by_size[_size(tensor)].append(tensor)
+        if stored_bytes(tensor) > LARGE_TENSOR:
+            by_size[stored_bytes(tensor)].append(tensor)
     for size, tensors in by_size.items():
         copies: dict[object, list[str]] = defaultdict(list)
         for tensor in tensors if len(tensors) > 1 else ():
@@ -658,12 +533,12 @@ def duplicated_initialiser(stage: Stage) -> Iterator[Trip]:
 
 def _identity(tensor: TensorProto, folder: Path | None) -> object:
     """The digest of a tensor's bytes; where they cannot be read, their place."""
-    if not _is_external(tensor):
+    if not is_external(tensor):
         return hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).digest()
     if folder is None:
         info = ExternalDataInfo(tensor)
         return info.location, info.offset, info.length
-    return hashlib.sha256(_stored(tensor, folder).data).digest()
+    return hashlib.sha256(stored_values(tensor, folder).data).digest()
 
 
 @rule("error", "source-path")

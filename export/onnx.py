@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import onnxscript.optimizer
 import torch
-from fssdeploy.export.attention import count_attention, expand_attention, fuse_attention
 
+from fssdeploy.export.attention import count_attention, expand_attention, fuse_attention
 from fssdeploy.protocol import BATCH, StageSpec
 
 OPSET = 18  # LayerNormalization and Resize are single nodes; every consumer reads it (docs/export.md)

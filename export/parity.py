@@ -100,19 +100,19 @@ def check_parity(
     pictures = natural_pictures()
     tensors: list[TensorResult] = []
     masks: list[MaskResult] = []
-    inputs = _reference_inputs(reference, specs, preprocessing, pictures)
+    progress("parity: the reference")
+    known = _reference_values(reference, preprocessing, pictures)
     for name, engine in candidates.items():
-        for stage in specs:
+        for stage, spec in specs.items():
             progress(f"parity: {stage} on {name}")
-            tensors.extend(_compare_stage(reference, engine, name, specs[stage], inputs[stage], tolerance))
+            tensors.extend(_compare_stage(engine, name, spec, known, tolerance))
     if {"encoder", "enroll", "segment"} <= set(specs):
         systems = {
             name: StagedSystem("parity", specs, engine, preprocessing, "")
             for name, engine in {"": reference, **candidates}.items()
         }
-        for shots in (1, 2):
-            progress(f"parity: masks, {shots}-shot")
-            masks.extend(_compare_masks(systems, pictures, shots, tolerance))
+        progress("parity: masks")
+        masks.extend(_compare_masks(systems, pictures, tolerance))
     drift = next((f"{r.stage}.{r.output} on {r.engine}" for r in tensors if not r.holds), None)
     if drift is None:
         drift = next((f"mask of '{r.query}' on {r.engine}" for r in masks if not r.holds), None)
@@ -169,62 +169,52 @@ def parity_report(result: Mapping[str, Any]) -> Report:
     return Report("parity with PyTorch float32", facts, [worst, masks], [], dict(result))
 
 
-def _reference_inputs(
-    reference: Engine,
-    specs: Mapping[str, StageSpec],
-    preprocessing: Mapping[str, Any],
-    pictures: Mapping[str, np.ndarray],
-) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Inputs of every stage by kind ("natural", "degenerate"), all computed by the reference; ODD_BATCH rows each."""
+def _reference_values(
+    reference: Engine, preprocessing: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Every tensor that enters or leaves a stage, by name, for each kind of input; ODD_BATCH rows each."""
     canvas = preprocessing["canvas"]
 
     def fit(picture: np.ndarray) -> np.ndarray:
         where = place(picture.shape[0], picture.shape[1], canvas, preprocessing["geometry"])
         return fit_picture(picture, where).transpose(2, 0, 1)
 
+    natural = [fit(picture) for picture in list(pictures.values())[:ODD_BATCH]]
     noise = np.random.default_rng(0).integers(0, 256, (3, canvas, canvas), np.uint8)
     constant = np.full((3, canvas, canvas), 255, np.uint8)
-    kinds = {
-        "natural": np.stack([fit(picture) for picture in list(pictures.values())[:ODD_BATCH]]),
-        "degenerate": np.stack([constant, noise, fit(next(iter(pictures.values())))]),
-    }
     # The last mask of the degenerate rows is empty: enrolment refuses it, but the graph must still give numbers.
     boxes = np.zeros((ODD_BATCH, 1, canvas, canvas), np.float32)
     for row in range(ODD_BATCH - 1):
         boxes[row, 0, canvas // 4 : canvas // 2, canvas // 4 : canvas - canvas // (row + 3)] = 1
     filled = boxes.copy()
     filled[-1, 0, canvas // 3 :, : canvas // 2] = 1
-    inputs: dict[str, dict[str, dict[str, np.ndarray]]] = {stage: {} for stage in specs}
-    for kind, batch in kinds.items():
-        known: dict[str, np.ndarray] = {"picture": batch, "mask": filled if kind == "natural" else boxes}
-        for stage, spec in reference.specs.items():  # in order, also those that are not exported
-            needed = {tensor.name: known[tensor.name] for tensor in spec.inputs}
-            known.update(run_in_chunks(reference, spec, needed, chunk=1))
-            if stage in inputs:
-                inputs[stage][kind] = needed
-    return inputs
+    values = {
+        "natural": {"picture": np.stack(natural), "mask": filled},
+        "degenerate": {"picture": np.stack([constant, noise, natural[0]]), "mask": boxes},
+    }
+    for known in values.values():
+        for spec in reference.specs.values():
+            inputs = {tensor.name: known[tensor.name] for tensor in spec.inputs}
+            known.update(run_in_chunks(reference, spec, inputs, chunk=1))
+    return values
 
 
 def _compare_stage(
-    reference: Engine,
     engine: Engine,
     name: str,
     spec: StageSpec,
-    inputs: Mapping[str, Mapping[str, np.ndarray]],
+    known: Mapping[str, Mapping[str, np.ndarray]],
     tolerance: Tolerance,
 ) -> Iterable[TensorResult]:
     """Batch 1 and an odd batch on natural pictures, the odd batch on degenerate ones."""
-    scales: dict[str, float] = {}
-    for kind, arrays in inputs.items():
-        expected = run_in_chunks(reference, spec, arrays, chunk=1)
-        # A degenerate input may give a nearly constant tensor: the scale is the one natural pictures give.
-        scales = scales or {output: float(array.std()) for output, array in expected.items()}
+    for kind, values in known.items():
         for batch in (1, ODD_BATCH) if kind == "natural" else (ODD_BATCH,):
-            got = run_in_chunks(engine, spec, {key: array[:batch] for key, array in arrays.items()}, chunk=ODD_BATCH)
-            for output, array in got.items():
-                yield _compare_tensor(
-                    array, expected[output][:batch], scales[output], tolerance, (name, spec.name, output, kind, batch)
-                )
+            inputs = {tensor.name: values[tensor.name][:batch] for tensor in spec.inputs}
+            for output, array in run_in_chunks(engine, spec, inputs, chunk=ODD_BATCH).items():
+                # A degenerate input may give a nearly constant tensor: the scale is the one natural pictures give.
+                scale = float(known["natural"][output].std())
+                where = (name, spec.name, output, kind, batch)
+                yield _compare_tensor(array, values[output][:batch], scale, tolerance, where)
 
 
 def _compare_tensor(
@@ -243,21 +233,22 @@ def _compare_tensor(
 
 
 def _compare_masks(
-    systems: Mapping[str, StagedSystem], pictures: Mapping[str, np.ndarray], shots: int, tolerance: Tolerance
+    systems: Mapping[str, StagedSystem], pictures: Mapping[str, np.ndarray], tolerance: Tolerance
 ) -> Iterable[MaskResult]:
-    """Enrol `shots` pictures with a box each, segment the others: every candidate against the reference (named "")."""
+    """Enrol one or two pictures with a box each, segment the others: every candidate against the reference ("")."""
     names = list(pictures)
-    supports, queries = names[:shots], names[shots:]
-    answers: dict[str, list[np.ndarray]] = {}
+    boxes = [_centre_box(pictures[name].shape[:2]) for name in names]
+    answers: dict[str, dict[tuple[int, str], np.ndarray]] = {}
     for engine, system in systems.items():
-        boxes = [_centre_box(pictures[name].shape[:2]) for name in supports]
-        state = system.enroll(system.encode([pictures[name] for name in supports]), boxes)
-        found = system.segment(system.encode([pictures[name] for name in queries]), {"box": state})
-        answers[engine] = [logits["box"] for logits in found.logits]
-    for engine, logits in answers.items():
-        if not engine:
-            continue
-        for query, got, expected in zip(queries, logits, answers[""], strict=True):
+        features = [system.encode([pictures[name]]) for name in names]
+        states = [system.enroll(each, [box]) for each, box in zip(features, boxes, strict=True)]
+        for shots, state in ((1, states[0]), (2, states[0].merge(states[1]))):
+            for name, each in zip(names[shots:], features[shots:], strict=True):
+                logits = system.segment(each, {"box": state}).logits[0]["box"]
+                answers.setdefault(engine, {})[shots, name] = logits
+    for engine in systems:
+        for (shots, query), expected in answers[""].items() if engine else ():
+            got = answers[engine][shots, query]
             for cut, threshold in (("0", 0.0), ("median", float(np.median(expected)))):
                 yield _compare_mask(got > threshold, expected > threshold, tolerance, (engine, query, shots, cut))
 

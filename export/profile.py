@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-from fssdeploy.export.lint import Graph, node_attribute, read_model
 from onnx import NodeProto, TensorProto
 
 from fssdeploy.errors import InputError
+from fssdeploy.export.graph import Graph, node_attribute, read_model
 
 Shape = tuple[int, ...]
 ShapeOf = Callable[[str], Shape]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +22,7 @@ _REASONS: dict[int, tuple[str, str, str]] = {
     errno.EPERM: ("not_permitted", "permission denied", "Change its permissions or choose another place."),
     errno.EROFS: ("read_only", "the file system is read-only", "Choose another place."),
     errno.ENOENT: ("folder_missing", "its folder does not exist", "Create the folder first."),
+    errno.EEXIST: ("not_a_folder", "there is a file of that name", "Choose another name."),
     errno.ENOTDIR: ("not_a_folder", "a part of its path is a file, not a folder", "Choose another path."),
     errno.EISDIR: ("is_a_folder", "there is a folder of that name", "Choose another name."),
     errno.ENAMETOOLONG: ("name_too_long", "the name is too long", "Choose a shorter name."),
@@ -77,12 +81,53 @@ def write_atomic(path: str | os.PathLike[str], data: bytes, *, sync: bool = Fals
             temporary.unlink(missing_ok=True)
             raise
         if sync:
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
     except OSError as error:
         raise storage_error(error, target) from error
 
 
-def _sync_folder(folder: Path) -> None:
+@contextmanager
+def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder, made with those above it where they are missing. Those made here that end up empty go again.
+
+    Raises MachineError when it cannot be made.
+    """
+    folder = Path(path)
+    made = []
+    try:
+        try:
+            for each in reversed([folder, *folder.absolute().parents]):
+                if not each.is_dir():
+                    each.mkdir(exist_ok=True)
+                    made.append(each)
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        yield folder
+    finally:
+        for each in reversed(made):
+            with suppress(OSError):  # it is not empty, or somebody else removed it
+                each.rmdir()
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A hidden sibling of `target` to build it in and then rename; gone afterwards if it was not renamed.
+
+    The folders above are made as `made_folder` does. Raises MachineError.
+    """
+    with made_folder(target.parent):
+        folder = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise storage_error(error, target) from error
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

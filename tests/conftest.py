@@ -29,7 +29,6 @@ def read_case(folder: Path) -> dict[str, Any]:
 def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny preset, exported once with seeded weights."""
     from fssdeploy.export.artifact import ExportRequest, choose_components, export_artifact
-
     from fssdeploy.systems import fsdino
     from fssdeploy.weights.fsdino import fill
 

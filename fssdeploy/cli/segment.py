@@ -20,7 +20,9 @@ DEFAULT_ARTIFACT = Path("artifacts") / "fsdino-tiny"  # where `fssdeploy export 
 
 def segment(
     context: typer.Context,
-    paths: Annotated[list[Path] | None, typer.Argument(help="ARTIFACT (default: artifacts/fsdino-tiny), then pictures or folders.")] = None,
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="ARTIFACT (default: artifacts/fsdino-tiny), pictures.")
+    ] = None,
     bank: Annotated[Path | None, typer.Option(help="Directory of enrolled classes.")] = None,
     classes: Annotated[str | None, typer.Option("--class", help="NAME[,NAME2...] from the bank; default: all.")] = None,
     support: Annotated[list[str] | None, typer.Option(help="PICTURE:MASK instead of a bank; repeat for shots.")] = None,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from fssdeploy.errors import IntegrityError
-from fssdeploy.protocol import StageSpec
+# From 1.29 on the official Linux builds report every session to their maker, unless told before the import. Nothing
+# here may use the network at run time; who wants the reports sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort  # noqa: E402
+
+from fssdeploy.errors import IntegrityError  # noqa: E402
+from fssdeploy.protocol import StageSpec  # noqa: E402
 
 
 class OnnxRuntimeEngine:

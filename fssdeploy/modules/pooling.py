@@ -12,16 +12,14 @@ def mask_to_tokens(mask: torch.Tensor, patch: int) -> torch.Tensor:
 
 
 def masked_mean(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean of tokens (B, N, C) under weights (B, 1, N): (B, C). Summed in float32; a zero mask gives zeros."""
+    """Mean of tokens (B, N, C) under weights (B, 1, N): (B, C) in float32; a zero mask gives zeros."""
     weight = weight.float()
-    total = weight.sum(-1).clamp_min(1e-6)
-    return ((weight @ tokens.float()).squeeze(1) / total).to(tokens.dtype)
+    return (weight @ tokens.float()).squeeze(1) / weight.sum(-1).clamp_min(1e-6)
 
 
 def cosine_prior(tokens: torch.Tensor, prototype: torch.Tensor) -> torch.Tensor:
-    """Cosine of tokens (B, N, C) with prototypes (B, C): (B, N) in [-1, 1] (FS-DINO, eq. 2). Norms in float32."""
-    unit_prototype = _unit(prototype.float()).unsqueeze(2)
-    return (_unit(tokens.float()) @ unit_prototype).squeeze(2).to(tokens.dtype)
+    """Cosine of tokens (B, N, C) with prototypes (B, C): (B, N) in [-1, 1], float32 (FS-DINO, eq. 2)."""
+    return (_unit(tokens.float()) @ _unit(prototype.float()).unsqueeze(2)).squeeze(2)
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:

@@ -156,15 +156,19 @@ class FSDino(nn.Module):
         self.encoder.requires_grad_(False)
         self.adapter.requires_grad_(self.config.train_adapter)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; means and norms over many terms stay in float32."""
+        return self.encoder.pos_embed.dtype
+
     def encode(self, pictures: torch.Tensor, table: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures (B, 3, S, S), RGB 0..255, uint8 or float -> tokens (B, g*g, C) and embedding (B, D, g, g)."""
         config = self.config
         mean = torch.tensor(IMAGENET_MEAN, device=pictures.device).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=pictures.device).view(1, 3, 1, 1)
         normalised = pictures.float() * (1 / (255 * std)) - mean / std
-        dtype = self.encoder.pos_embed.dtype
         early, tokens = self.encoder(
-            normalised.to(dtype), config.tap_block, tap_norm=config.tap_norm == "final", table=table
+            normalised.to(self.dtype), config.tap_block, tap_norm=config.tap_norm == "final", table=table
         )
         rows, columns = (side // config.encoder.patch for side in pictures.shape[-2:])
         return tokens, self.adapter(early, rows, columns)
@@ -176,7 +180,8 @@ class FSDino(nn.Module):
         """
         weight = mask_to_tokens(mask, self.config.encoder.patch)
         state = {"prototype": masked_mean(tokens, weight)}
-        prompt = self.svp.enroll(tokens, weight, state["prototype"])
+        tokens, weight = tokens.to(self.dtype), weight.to(self.dtype)
+        prompt = self.svp.enroll(tokens, weight, state["prototype"].to(self.dtype))
         if prompt is not None:
             state["svp"] = prompt
         if self.config.variant == "full":
@@ -191,7 +196,9 @@ class FSDino(nn.Module):
         position: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask logits and prior logits, each (B, 1, 4g, 4g), for B pairs of a query and a class state."""
-        similarity = cosine_prior(tokens, state["prototype"])
+        similarity = cosine_prior(tokens, state["prototype"]).to(self.dtype)
+        tokens, embedding = tokens.to(self.dtype), embedding.to(self.dtype)
+        state = {name: tensor.to(self.dtype) for name, tensor in state.items()}
         response = self.correlation.respond(state["kernel4d"], tokens) if self.config.variant == "full" else None
         return self.decode(
             embedding, similarity, response, self.svp.tokens(state.get("svp"), tokens.shape[0]), position
@@ -318,8 +325,7 @@ class EnrollStage(nn.Module):
         self.model = model
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        dtype = self.model.encoder.pos_embed.dtype
-        return tuple(tensor.float() for tensor in self.model.enroll(tokens.to(dtype), mask.to(dtype)).values())
+        return tuple(tensor.float() for tensor in self.model.enroll(tokens, mask).values())
 
 
 class SegmentStage(nn.Module):
@@ -332,9 +338,8 @@ class SegmentStage(nn.Module):
         self.register_buffer("position_code", position)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        dtype = self.model.encoder.pos_embed.dtype
-        values = {name: tensor.to(dtype) for name, tensor in zip(self.names, state, strict=True)}
-        logits, prior = self.model.segment(tokens.to(dtype), embedding.to(dtype), values, self.position_code)
+        values = dict(zip(self.names, state, strict=True))
+        logits, prior = self.model.segment(tokens, embedding, values, self.position_code)
         return logits.float(), prior.float()
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from fssdeploy.export import artifact as writer
-from fssdeploy.export.artifact import ExportRequest, choose_components, export_artifact, plan, stage_parameters
-from fssdeploy.export.parity import TOLERANCES
 
 import fssdeploy
 from fssdeploy.artifact import Artifact, digest, load
 from fssdeploy.errors import CheckFailedError, FssError, InputError, IntegrityError, MachineError
+from fssdeploy.export import artifact as writer
+from fssdeploy.export.artifact import ExportRequest, choose_components, export_artifact, plan, stage_parameters
+from fssdeploy.export.parity import TOLERANCES
 from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.systems.fsdino import PRESETS, FSDino, FSDinoConfig, build
 from fssdeploy.weights.fsdino import Provenance, fill

@@ -12,11 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from fssdeploy.export.lint import LARGE_TENSOR, RULES, Finding, lint
-from fssdeploy.export.onnx import StageFiles, export_stage
 from onnx import TensorProto, helper, parser
 
 from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.export.lint import LARGE_TENSOR, RULES, Finding, lint
+from fssdeploy.export.onnx import StageFiles, export_stage
 from fssdeploy.protocol import StageSpec, TensorSpec
 from fssdeploy.systems import fsdino
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from fssdeploy.export.onnx import export_stage
-from fssdeploy.export.profile import count_flops, parameters
 from onnx import parser
 
 from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.export.onnx import export_stage
+from fssdeploy.export.profile import count_flops, parameters
 from fssdeploy.systems import fsdino
 
 SINGLE = [

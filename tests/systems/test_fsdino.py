@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from fssdeploy.benchmarks.baselines.fsdino_research import joint_forward
 
+from fssdeploy.benchmarks.baselines.fsdino_research import joint_forward
 from fssdeploy.errors import InputError
 from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.modules.pooling import mask_to_tokens

@@ -19,12 +19,14 @@ from typing import Any
 from fssdeploy.artifact import Artifact
 from fssdeploy.benchmarks.baselines.fsdino_research import extra_flops
 from fssdeploy.benchmarks.machine import busy_seconds, describe_machine, matrix_peak
+from fssdeploy.engines import RUNTIMES
 from fssdeploy.errors import InputError
 from fssdeploy.export.profile import count_flops
 from fssdeploy.report import Report, Table
 from fssdeploy.systems.fsdino import FSDinoConfig
 
-VARIANTS = ("torch-recompute", "torch", "torch-compile", "onnxruntime", "openvino")
+# "onnxruntime" runs the graph with fused attention, "onnxruntime-portable" the one that every engine reads.
+VARIANTS = ("torch-recompute", "torch", "torch-compile", "onnxruntime-portable", "onnxruntime", "openvino")
 SHOTS = (1, 5, 25)
 # A sample counts as quiet while others use less than this share of the machine's cores.
 QUIET = 0.02
@@ -121,7 +123,7 @@ def measure(
     finally:
         for contestant in contestants:
             contestant.process.kill()
-    runtimes = [c.variant for c in contestants if not c.variant.startswith("torch")]
+    runtimes = [contestant.variant for contestant in contestants if contestant.variant in RUNTIMES]
     progress("measuring the start")
     starts = {runtime: _startup(artifact, runtime) for runtime in runtimes}
     return _result(opened, contestants, skipped, max(peaks), starts, list(shots), rounds)

@@ -14,6 +14,7 @@ COLOURS = {
     "torch-recompute": "#8c8c8c",
     "torch": "#e07b39",
     "torch-compile": "#c9a227",
+    "onnxruntime-portable": "#8fc1d4",
     "onnxruntime": "#2a7f9e",
     "openvino": "#5b4b9a",
 }
@@ -21,7 +22,8 @@ LABELS = {
     "torch-recompute": "PyTorch, support recomputed",
     "torch": "PyTorch, enrolled",
     "torch-compile": "torch.compile, enrolled",
-    "onnxruntime": "ONNX Runtime, enrolled",
+    "onnxruntime-portable": "ONNX Runtime, portable graph, enrolled",
+    "onnxruntime": "ONNX Runtime, fused attention, enrolled",
     "openvino": "OpenVINO, enrolled",
 }
 
@@ -29,19 +31,19 @@ LABELS = {
 def plot_latency(result: dict[str, Any], path: Path) -> None:
     """Query time against the number of shots, one line per variant, both axes logarithmic."""
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=140)
+    ends: list[tuple[float, str, int]] = []
     for variant, colour in COLOURS.items():
         rows = [row for row in result["rows"] if row["variant"] == variant and row["case"] == "query"]
         if rows:
             shots, times = [row["shots"] for row in rows], [row["p50_ms"] for row in rows]
             axes.plot(shots, times, "o-", color=colour, label=LABELS[variant], linewidth=2)
-            axes.annotate(
-                f"{times[-1]:,.0f} ms",
-                (shots[-1], times[-1]),
-                xytext=(8, -3),
-                textcoords="offset points",
-                color=colour,
-                fontsize=8,
-            )
+            ends.append((times[-1], colour, shots[-1]))
+    # Labels of lines that end close together are moved apart.
+    lowest = 0.0
+    for time, colour, x in sorted(ends):
+        height = max(time, lowest * 1.18)
+        lowest = height
+        axes.text(x * 1.08, height, f"{time:,.0f} ms", color=colour, fontsize=8, va="center")
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({row["shots"] for row in result["rows"] if row["case"] == "query"})

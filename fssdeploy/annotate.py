@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,16 +15,30 @@ from urllib.parse import quote
 import numpy as np
 
 from fssdeploy.errors import FssError
-from fssdeploy.files import storage_error, write_atomic
+from fssdeploy.files import made_folder, write_atomic
 from fssdeploy.images.masks import save_labels, save_mask
 from fssdeploy.images.overlay import overlay, save_picture
 from fssdeploy.images.pictures import load_picture
 from fssdeploy.images.rle import encode_rle
 from fssdeploy.pipeline import StagedSystem
-from fssdeploy.protocol import ClassState
+from fssdeploy.protocol import ClassState, Masks
 from fssdeploy.report import Report, Table
 
 ANNOTATIONS = "masks.json"
+MAX_LABELS = 255  # classes in an indexed file of 8 bits
+# Bytes in file names. Together with two dots and a suffix they stay below the 255 that file systems allow.
+_LONGEST_STEM, _LONGEST_CLASS = 160, 80
+
+
+@dataclass(frozen=True)
+class _Segmented:
+    """One picture: its masks bool (H, W) by class, their scores, and what the two steps cost in seconds."""
+
+    picture: np.ndarray
+    masks: Masks
+    found: dict[str, np.ndarray]
+    encode_seconds: float
+    segment_seconds: float
 
 
 def annotate_files(
@@ -33,118 +48,168 @@ def annotate_files(
     out: Path,
     *,
     overlays: bool = True,
+    note: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """Segment every file with every class; all classes share one encoding of a picture.
 
-    Writes ``<picture>.<class>.png`` (0/255), with several classes ``<picture>.labels.png`` (indexed), on request
-    ``<picture>.overlay.jpg``, and ``masks.json`` (COCO annotations with RLE). A picture that cannot be read is
-    reported under `errors` and skipped; if it is the only one its error is raised. Raises MachineError if `out` cannot
-    be written.
+    Writes ``<picture>.<class>.png`` (0/255), with 2 to 255 classes ``<picture>.labels.png`` (indexed), on request
+    ``<picture>.overlay.jpg``, and ``masks.json`` (COCO annotations with RLE), which lists exactly the pictures that
+    are done even when the run is broken off. `note` goes into its ``info``. A picture that cannot be read is reported
+    under `errors` and skipped; if it is the only one its error is raised. Raises MachineError if `out` cannot be
+    written; no picture is left with a part of its files.
     """
     coco: dict[str, Any] = {
+        "info": {"description": "fssdeploy segment", "artifact": system.fingerprint, "weights": note or "trained"},
         "images": [],
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(states)],
         "annotations": [],
     }
-    table = Table("masks", ["picture", "class", "pixels", "share", "score", "ms"], [])
     errors: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
-    stems = unique_stems(files)
-    for file, stem in zip(files, stems, strict=True):
-        progress(f"segmenting {file.name}")
+    with made_folder(out):
         try:
-            picture = load_picture(file)
-        except FssError as error:
-            if len(files) == 1:
-                raise
-            errors.append({"file": str(file), **error.to_dict()})
-            continue
-        encode_start = time.perf_counter()
-        features = system.encode([picture])
-        segment_start = time.perf_counter()
-        masks = system.segment(features, states)
-        done = time.perf_counter()
-        found = {name: masks.binary(0, name) for name in states}
-        written = _write_masks(out, stem, found, masks.labels(0) if len(found) > 1 else None)
-        if overlays:
-            written["overlay"] = f"{stem}.overlay.jpg"
-            save_picture(out / written["overlay"], overlay(picture, found))
-        image_id = len(coco["images"]) + 1
-        height, width = picture.shape[:2]
-        coco["images"].append({"id": image_id, "file_name": file.name, "height": height, "width": width})
-        classes = {}
-        for category, (name, mask) in enumerate(found.items(), 1):
-            annotation = {
-                "id": len(coco["annotations"]) + 1,
-                "image_id": image_id,
-                "category_id": category,
-                "segmentation": encode_rle(mask),
-                "area": int(mask.sum()),
-                "bbox": _bounding_box(mask),
-                "score": masks.score(0, name),
-                "iscrowd": 0,
-            }
-            coco["annotations"].append(annotation)
-            classes[name] = {key: annotation[key] for key in ("segmentation", "area", "bbox", "score")}
-            milliseconds = f"{(done - encode_start) * 1e3:.0f}" if category == 1 else ""
-            share = f"{mask.mean():.1%}"
-            table.rows.append([file.name, name, annotation["area"], share, f"{annotation['score']:.2f}", milliseconds])
-        pictures.append(
-            {
-                "file": str(file),
-                "size": [height, width],
-                "written": written,
-                "classes": classes,
-                "encode_seconds": segment_start - encode_start,
-                "segment_seconds": done - segment_start,
-            }
-        )
-    if pictures:
-        write_atomic(out / ANNOTATIONS, json.dumps(coco, ensure_ascii=False).encode())
-    facts: dict[str, object] = {"pictures": len(pictures), "classes": ", ".join(states), "written to": str(out)}
-    if pictures:
-        encode_ms = np.median([entry["encode_seconds"] for entry in pictures]) * 1e3
-        segment_ms = np.median([entry["segment_seconds"] for entry in pictures]) * 1e3 / len(states)
-        facts["median cost"] = f"encode {encode_ms:.0f} ms per picture, segment {segment_ms:.1f} ms per class"
-    notes = [f"SKIPPED {error['what']}: {error['why']}".rstrip(": ") for error in errors]
-    return Report("segmented", facts, [table], notes, {"pictures": pictures, "errors": errors, "out": str(out)})
+            for file, stem in zip(files, unique_stems(files), strict=True):
+                progress(f"segmenting {file.name}")
+                try:
+                    picture = load_picture(file)
+                except FssError as error:
+                    if len(files) == 1:
+                        raise
+                    errors.append({"file": str(file), **error.to_dict()})
+                    continue
+                segmented = _segment(system, states, picture)
+                written = _write(out, stem, segmented, overlays)
+                pictures.append(_record(coco, file, segmented, written))
+        finally:
+            if pictures:
+                write_atomic(out / ANNOTATIONS, json.dumps(coco).encode())
+    return _report(pictures, errors, list(states), out)
 
 
 def unique_stems(files: Sequence[Path]) -> list[str]:
-    """A file name stem for every picture's outputs; equal ones (a.jpg and a.png, or two folders) get a number."""
+    """A file name stem for every picture's outputs; equal ones (a.jpg and a.png, or two folders) get a number.
+
+    Very long ones are cut. Stems that differ in case alone count as equal, since some file systems hold only one.
+    """
     taken: set[str] = set()
     stems = []
     for file in files:
-        stem, number = file.stem, 1
-        while stem in taken:
+        wanted = _cut(file.stem, _LONGEST_STEM)
+        stem, number = wanted, 1
+        while stem.casefold() in taken:
             number += 1
-            stem = f"{file.stem}-{number}"
-        taken.add(stem)
+            stem = f"{wanted}-{number}"
+        taken.add(stem.casefold())
         stems.append(stem)
     return stems
 
 
 def safe_name(name: str) -> str:
-    """A class name as a part of a file name: reversible for short ones, cut and marked with a hash for long ones."""
-    quoted = quote(name, safe=" ()+,=@")
-    return quoted if len(quoted) <= 80 else f"{quoted[:60]}~{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    """A class name as a part of a file name, without dots: percent-encoded, and cut where it is very long."""
+    quoted = quote(name, safe=" ()+,=@").replace(".", "%2E").replace("~", "%7E")
+    if quoted == "labels":  # of the indexed file
+        return "%6Cabels"
+    return _cut(quoted, _LONGEST_CLASS)
 
 
-def _write_masks(out: Path, stem: str, masks: Mapping[str, np.ndarray], labels: np.ndarray | None) -> dict[str, Any]:
+def _cut(text: str, longest: int) -> str:
+    """`text`, its end replaced by a hash where it has more than `longest` bytes."""
+    data = os.fsencode(text)
+    if len(data) <= longest:
+        return text
+    kept = data[: longest - 13].decode("utf-8", "ignore")
+    return f"{kept}~{hashlib.sha256(data).hexdigest()[:12]}"
+
+
+def _segment(system: StagedSystem, states: Mapping[str, ClassState], picture: np.ndarray) -> _Segmented:
+    start = time.perf_counter()
+    features = system.encode([picture])
+    encoded = time.perf_counter()
+    masks = system.segment(features, states)
+    done = time.perf_counter()
+    found = {name: masks.binary(0, name) for name in states}
+    return _Segmented(picture, masks, found, encoded - start, done - encoded)
+
+
+def _write(out: Path, stem: str, segmented: _Segmented, overlays: bool) -> dict[str, Any]:
+    """Write all files of one picture, or none, and return their names."""
+    written: dict[str, Any] = {"masks": {name: f"{stem}.{safe_name(name)}.png" for name in segmented.found}}
+    touched: list[Path] = []
+
+    def write(save: Callable[[Path, np.ndarray], None], file: str, array: np.ndarray) -> None:
+        touched.append(out / file)
+        save(out / file, array)
+
     try:
-        os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, out) from error
-    written: dict[str, Any] = {"masks": {}}
-    for name, mask in masks.items():
-        file = f"{stem}.{safe_name(name)}.png"
-        save_mask(out / file, mask)
-        written["masks"][name] = file
-    if labels is not None:
-        written["labels"] = f"{stem}.labels.png"
-        save_labels(out / written["labels"], labels)
+        for name, mask in segmented.found.items():
+            write(save_mask, written["masks"][name], mask)
+        if 1 < len(segmented.found) <= MAX_LABELS:
+            written["labels"] = f"{stem}.labels.png"
+            write(save_labels, written["labels"], segmented.masks.labels(0))
+        if overlays:
+            written["overlay"] = f"{stem}.overlay.jpg"
+            drawn = overlay(segmented.picture, segmented.found)
+            write(lambda path, array: save_picture(path, array, marked=True), written["overlay"], drawn)
+    except BaseException:
+        for path in touched:
+            path.unlink(missing_ok=True)
+        raise
     return written
+
+
+def _record(coco: dict[str, Any], file: Path, segmented: _Segmented, written: Mapping[str, Any]) -> dict[str, Any]:
+    """Enter one picture into the COCO structure; what the report says of it."""
+    image_id = len(coco["images"]) + 1
+    height, width = segmented.picture.shape[:2]
+    coco["images"].append({"id": image_id, "file_name": file.name, "height": height, "width": width, "path": str(file)})
+    classes = {}
+    for category, (name, mask) in enumerate(segmented.found.items(), 1):
+        classes[name] = {
+            "segmentation": encode_rle(mask),
+            "area": int(mask.sum()),
+            "bbox": _bounding_box(mask),
+            "score": segmented.masks.score(0, name),
+        }
+        coco["annotations"].append(
+            {
+                "id": len(coco["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": category,
+                "iscrowd": 0,
+                "file": written["masks"][name],
+                **classes[name],
+            }
+        )
+    return {
+        "file": str(file),
+        "size": [height, width],
+        "written": written,
+        "classes": classes,
+        "encode_seconds": segmented.encode_seconds,
+        "segment_seconds": segmented.segment_seconds,
+    }
+
+
+def _report(
+    pictures: Sequence[Mapping[str, Any]], errors: Sequence[Mapping[str, Any]], names: Sequence[str], out: Path
+) -> Report:
+    table = Table("masks", ["picture", "class", "pixels", "share", "score", "ms"], [])
+    for entry in pictures:
+        milliseconds = f"{(entry['encode_seconds'] + entry['segment_seconds']) * 1e3:.0f}"
+        height, width = entry["size"]
+        for name, found in entry["classes"].items():
+            share = f"{found['area'] / (height * width):.1%}"
+            row = [Path(entry["file"]).name, name, found["area"], share, f"{found['score']:.2f}", milliseconds]
+            table.rows.append(row)
+            milliseconds = ""  # of all classes together
+    facts: dict[str, object] = {"pictures": len(pictures), "classes": ", ".join(names), "written to": str(out)}
+    if pictures:
+        encode_ms = np.median([entry["encode_seconds"] for entry in pictures]) * 1e3
+        segment_ms = np.median([entry["segment_seconds"] for entry in pictures]) * 1e3 / len(names)
+        facts["median cost"] = f"encode {encode_ms:.0f} ms per picture, segment {segment_ms:.1f} ms per class"
+    notes = [f"SKIPPED {error['what']}: {error['why']}".rstrip(": ") for error in errors]
+    return Report("segmented", facts, [table], notes, {"pictures": pictures, "errors": errors, "out": str(out)})
 
 
 def _bounding_box(mask: np.ndarray) -> list[int]:

@@ -52,7 +52,10 @@ class Artifact:
             text = file.read_text("utf-8")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(
-                "artifact_missing", f"'{folder}' is not an artifact", f"it holds no {MANIFEST}", "Run fssdeploy export."
+                "artifact_missing",
+                f"'{folder}' is not an artifact",
+                f"it holds no {MANIFEST}",
+                "Name the directory that fssdeploy export wrote.",
             ) from error
         except UnicodeDecodeError as error:
             raise _damaged(file, "it is not text") from error
@@ -60,7 +63,7 @@ class Artifact:
             raise storage_error(error, file) from error
         try:
             manifest = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(file, "it is not JSON") from error
         if not isinstance(manifest, dict) or "digest" not in manifest:
             raise _damaged(file, "it carries no digest")
@@ -73,7 +76,9 @@ class Artifact:
             )
         if manifest["digest"] != digest(manifest):
             raise _damaged(file, "its digest does not match its content: it was altered after export")
-        return Artifact(folder, manifest)
+        artifact = Artifact(folder, manifest)
+        artifact._check_content(file)
+        return artifact
 
     @property
     def name(self) -> str:
@@ -94,8 +99,8 @@ class Artifact:
         weights = self.manifest["weights"]
         if weights["status"] == "trained":
             return ""
-        missing = ", ".join(weights["untrained_groups"])
-        return f"UNTRAINED weights ({missing}; seed {weights['seed']}): the masks mean nothing."
+        missing = ", ".join(weights.get("untrained_groups", ()))
+        return f"UNTRAINED weights ({missing}; seed {weights.get('seed')}): the masks mean nothing."
 
     def graph(self, stage: str, runtime: str) -> Path:
         """The graph of a stage for a runtime: its own file where there is one, else the portable one."""
@@ -115,6 +120,23 @@ class Artifact:
                         problem,
                         "Export it again or copy it again.",
                     )
+
+    def _check_content(self, file: Path) -> None:
+        """IntegrityError unless what is read later is there, and every graph is a sealed file of this directory.
+
+        The digest finds accidents; whoever alters a manifest on purpose can compute it anew.
+        """
+        manifest = self.manifest
+        try:
+            entries = [self.name, self.fingerprint, self.specs, manifest["precision"], manifest["weights"]["status"]]
+            entries += [manifest["preprocessing"][key] for key in ("canvas", "patch", "geometry")]
+            sealed = {name for name, entry in manifest["files"].items() if entry["sha256"] and entry["bytes"] >= 0}
+            used = {name for stage in manifest["stages"].values() for name in stage["files"].values()}
+            portable = all(stage["files"]["portable"] for stage in manifest["stages"].values())
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise _damaged(file, f"an entry is missing or makes no sense ({error!r})") from error
+        if not (all(entries) and portable and used <= sealed and all(Path(name).name == name for name in sealed)):
+            raise _damaged(file, "its entries do not belong together")
 
     def _problem(self, name: str) -> str:
         entry, file = self.manifest["files"][name], self.path / name

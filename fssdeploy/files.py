@@ -22,7 +22,7 @@ _REASONS: dict[int, tuple[str, str, str]] = {
     errno.EPERM: ("not_permitted", "permission denied", "Change its permissions or choose another place."),
     errno.EROFS: ("read_only", "the file system is read-only", "Choose another place."),
     errno.ENOENT: ("folder_missing", "its folder does not exist", "Create the folder first."),
-    errno.EEXIST: ("not_a_folder", "there is a file of that name", "Choose another name."),
+    errno.EEXIST: ("not_a_folder", "a file stands where a folder is needed", "Choose another path."),
     errno.ENOTDIR: ("not_a_folder", "a part of its path is a file, not a folder", "Choose another path."),
     errno.EISDIR: ("is_a_folder", "there is a folder of that name", "Choose another name."),
     errno.ENAMETOOLONG: ("name_too_long", "the name is too long", "Choose a shorter name."),

@@ -10,6 +10,7 @@ from fssdeploy.errors import InputError, MachineError
 from fssdeploy.protocol import Engine, StageSpec
 
 RUNTIMES = ("onnxruntime", "openvino")
+MAX_THREADS = 1024  # far beyond any use; the runtimes would try to start any number
 
 
 def available_cores() -> int:
@@ -24,8 +25,8 @@ def open_engine(
 
     InputError for an unknown runtime or a bad thread count, MachineError if the runtime is not installed.
     """
-    if threads is not None and threads < 1:
-        raise InputError("threads", f"{threads} threads cannot run anything", "", "Give 1 or more.")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError("threads", f"{threads} threads cannot be used", "", f"Give 1 to {MAX_THREADS}.")
     count = threads or available_cores()
     try:
         if runtime == "onnxruntime":

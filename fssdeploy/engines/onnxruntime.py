@@ -15,7 +15,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort  # noqa: E402
 
-from fssdeploy.errors import IntegrityError  # noqa: E402
+from fssdeploy.engines.failures import graph_unreadable, run_failed  # noqa: E402
 from fssdeploy.protocol import StageSpec  # noqa: E402
 
 
@@ -37,7 +37,11 @@ class OnnxRuntimeEngine:
         spec = self.specs[stage]
         spec.check(inputs)
         names = [tensor.name for tensor in spec.outputs]
-        return dict(zip(names, self._session(stage).run(names, dict(inputs)), strict=True))
+        session = self._session(stage)
+        try:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        except Exception as error:  # the runtime's exceptions share no public base class
+            raise run_failed(stage, "ONNX Runtime", error) from error
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -51,15 +55,10 @@ class OnnxRuntimeEngine:
         if stage not in self._sessions:
             options = ort.SessionOptions()
             options.intra_op_num_threads = self._threads
-            options.log_severity_level = 3
+            options.log_severity_level = 4  # what goes wrong is raised; as a log it would be said twice
             path = self._graphs[stage]
             try:
                 self._sessions[stage] = ort.InferenceSession(path, options, providers=self._providers)
             except Exception as error:  # the runtime's exceptions share no public base class
-                raise IntegrityError(
-                    "graph_unreadable",
-                    f"'{path}' cannot be loaded by ONNX Runtime",
-                    str(error).splitlines()[0],
-                    "Export the artifact again with this version.",
-                ) from error
+                raise graph_unreadable(path, "ONNX Runtime", error) from error
         return self._sessions[stage]

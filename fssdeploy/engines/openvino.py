@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
-from fssdeploy.errors import IntegrityError
-from fssdeploy.protocol import StageSpec
+# Importing OpenVINO reports the import to its maker, unless this package cannot be found (a silent stand-in is used).
+# Nothing here may use the network at run time.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino as ov  # noqa: E402
+
+from fssdeploy.errors import IntegrityError  # noqa: E402
+from fssdeploy.protocol import StageSpec  # noqa: E402
 
 
 class OpenVinoEngine:
@@ -31,7 +37,11 @@ class OpenVinoEngine:
         """Outputs of one stage by name; inputs must follow its spec."""
         spec = self.specs[stage]
         spec.check(inputs)
-        results = self._model(stage)({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        model = self._model(stage)
+        try:
+            results = model({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        except RuntimeError as error:
+            raise run_failed(stage, "OpenVINO", error) from error
         return {tensor.name: np.array(results[tensor.name]) for tensor in spec.outputs}
 
     def describe(self) -> dict[str, Any]:
@@ -53,10 +63,5 @@ class OpenVinoEngine:
             try:
                 self._models[stage] = self._core.compile_model(path, "CPU", hints)
             except RuntimeError as error:
-                raise IntegrityError(
-                    "graph_unreadable",
-                    f"'{path}' cannot be loaded by OpenVINO",
-                    str(error).strip().splitlines()[-1],
-                    "Export the artifact again with this version.",
-                ) from error
+                raise graph_unreadable(path, "OpenVINO", error) from error
         return self._models[stage]

@@ -15,6 +15,7 @@ from PIL import Image
 from fssdeploy.errors import InputError
 from fssdeploy.files import open_file, write_atomic
 from fssdeploy.images.colours import class_colour
+from fssdeploy.images.mark import mark
 from fssdeploy.images.pictures import open_picture
 from fssdeploy.images.rle import decode_rle
 
@@ -136,7 +137,7 @@ def _save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
     if Path(path).suffix.lower() != ".png":
         raise InputError("mask_suffix", f"'{os.fspath(path)}' does not end in .png", "masks are written as PNG")
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", exif=mark())
     write_atomic(path, buffer.getvalue())
 
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from fssdeploy.errors import InputError
 from fssdeploy.files import write_atomic
 from fssdeploy.images.colours import class_colour
+from fssdeploy.images.mark import mark
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _TINT = 0.42  # enough to see the class, little enough to see what is under it
@@ -87,8 +88,8 @@ def contact_sheet(
     return np.array(sheet)
 
 
-def save_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
-    """Write a picture uint8 (H, W, 3) as PNG or JPEG, as the suffix says.
+def save_picture(path: str | os.PathLike[str], picture: np.ndarray, *, marked: bool = False) -> None:
+    """Write a picture uint8 (H, W, 3) as PNG or JPEG, as the suffix says; `marked` (fssdeploy.images.mark) or not.
 
     Raises InputError for another suffix, MachineError when it cannot be written.
     """
@@ -99,7 +100,7 @@ def save_picture(path: str | os.PathLike[str], picture: np.ndarray) -> None:
         )
     buffer = io.BytesIO()
     # PNG knows neither option and ignores them; without colour subsampling contours stay crisp.
-    Image.fromarray(picture).save(buffer, form, quality=92, subsampling=0)
+    Image.fromarray(picture).save(buffer, form, quality=92, subsampling=0, exif=mark() if marked else b"")
     write_atomic(path, buffer.getvalue())
 
 

@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fssdeploy.errors import InputError, MachineError
 from fssdeploy.files import open_file, storage_error
+from fssdeploy.images.mark import is_marked
 
 MAX_PIXELS = 150_000_000
 
@@ -57,10 +58,11 @@ def open_picture(source: str | os.PathLike[str] | bytes, name: str | None = None
         return _decode(stream, name)
 
 
-def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files as given, and the pictures directly in every folder, sorted by name. Hidden files are left out.
+def find_pictures(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """Files as given, and the pictures directly in every folder, sorted by name.
 
-    Raises InputError when a path is missing or nothing is found; MachineError when a folder cannot be read.
+    Of a folder, hidden files and the masks and overlays that fssdeploy wrote are left out. Raises InputError when a
+    path is missing or nothing is found; MachineError when a folder cannot be read.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -75,13 +77,18 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
             raise storage_error(error, path) from error
     if not found:
         raise InputError(
-            "no_pictures", "no pictures were found", "the folders hold no picture files", "Name files or other folders."
+            "no_pictures",
+            "no pictures were found",
+            "the folders hold no picture files" if paths else "none were named",
+            "Name picture files, or folders that hold some.",
         )
     return found
 
 
 def _looks_like_picture(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file()
+    if file.suffix.lower() not in _SUFFIXES or file.name.startswith(".") or file.is_dir():
+        return False
+    return not (file.is_file() and is_marked(file))  # a pipe or a dangling link is for `load_picture` to report
 
 
 def _name_of(source: str | os.PathLike[str] | bytes) -> str:

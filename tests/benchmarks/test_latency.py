@@ -37,7 +37,7 @@ def test_research_against_enrolled_on_a_real_artifact(tiny_artifact: Path, tmp_p
     written = save(result, tmp_path / "results" / "latency.json")
     assert json.loads(written[0].read_text())["rows"] == result["rows"]
     assert written[1].stat().st_size > 5_000
-    text = report(result).text()
+    text = report(result).text(width=200)
     assert "UNTRAINED" in text
     assert "vs research" in text
 

@@ -1,0 +1,38 @@
+"""The verbs of the `fssdeploy` command, one per file."""
+
+from __future__ import annotations
+
+import typer
+
+from fssdeploy import __version__
+from fssdeploy.cli.bank import bank_app
+from fssdeploy.cli.bench import bench
+from fssdeploy.cli.demo import demo
+from fssdeploy.cli.doctor import doctor
+from fssdeploy.cli.enroll import enroll
+from fssdeploy.cli.export import export
+from fssdeploy.cli.segment import segment
+
+app = typer.Typer(
+    name="fssdeploy",
+    help="Few-shot segmentation in production: annotate one to five pictures, find the thing in every other.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for verb in (export, enroll, segment, bench, doctor, demo):
+    app.command()(verb)
+app.add_typer(bank_app, name="bank")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fssdeploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Few-shot segmentation in production: annotate one to five pictures, find the thing in every other."""

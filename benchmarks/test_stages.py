@@ -25,14 +25,14 @@ INSTALLED = [runtime for runtime in RUNTIMES if find_spec(runtime)]
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given := os.environ.get("FSSDEPLOY_BENCH_ARTIFACT"):
         return Path(given)
-    from fssdeploy.export.artifact import ExportRequest, choose_components, export_artifact
-    from fssdeploy.systems import fsdino
+    from fssdeploy.export.artifact import ExportRequest, export_artifact
+    from fssdeploy.systems import fsdino, get_system
     from fssdeploy.weights.fsdino import fill
 
     model = fsdino.build(fsdino.PRESETS["tiny"])
     provenance = fill(model, [], untrained_seed=0)
     out = tmp_path_factory.mktemp("bench") / "tiny"
-    export_artifact(model, provenance, ExportRequest("tiny", model.config, choose_components("all")), out)
+    export_artifact(model, provenance, ExportRequest(get_system("fsdino"), "tiny", model.config), out)
     return out
 
 

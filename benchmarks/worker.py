@@ -94,16 +94,16 @@ class Contestant:
         from fssdeploy.benchmarks.baselines.fsdino_research import joint_forward
         from fssdeploy.engines.torch import TorchEngine
         from fssdeploy.errors import InputError
-        from fssdeploy.export.artifact import preprocessing
         from fssdeploy.systems import fsdino
-        from fssdeploy.weights.fsdino import fill, fingerprint
+        from fssdeploy.weights.fsdino import fill
+        from fssdeploy.weights.provenance import fingerprint
 
         torch.set_num_threads(self.threads)
         opened = Artifact.open(artifact)
         config = fsdino.FSDinoConfig.from_dict(opened.manifest["config"])
         model = fsdino.build(config)
         fill(model, weights, opened.manifest["weights"]["seed"])
-        if fingerprint(model) != opened.fingerprint:
+        if fingerprint(model, config.to_dict(), fsdino.STATE_PARAMETERS) != opened.fingerprint:
             raise InputError(
                 "weights_missing",
                 "PyTorch cannot be compared",
@@ -127,7 +127,9 @@ class Contestant:
                     joint_forward(model, pictures[1:], supports, mask.expand(shots, -1, -1, -1))
 
             self.research = research
-        return StagedSystem("torch", specs, TorchEngine(modules, specs), preprocessing(config), opened.fingerprint)
+        return StagedSystem(
+            "torch", specs, TorchEngine(modules, specs), fsdino.preprocessing(config), opened.fingerprint
+        )
 
 
 def main() -> None:

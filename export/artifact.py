@@ -6,11 +6,12 @@ target is the old artifact, the new one, or absent.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,61 +30,67 @@ from fssdeploy.errors import CheckFailedError, InputError, MachineError
 from fssdeploy.export.lint import Finding, lint
 from fssdeploy.export.onnx import OPSET, OPSET_BF16, StageFiles, export_stage
 from fssdeploy.export.parity import check_parity, parity_report
-from fssdeploy.files import storage_error
+from fssdeploy.files import staged_folder, storage_error, sync_folder
 from fssdeploy.protocol import StageSpec
 from fssdeploy.report import Report, Table
-from fssdeploy.systems import fsdino
-from fssdeploy.weights.fsdino import Provenance, fingerprint
+from fssdeploy.systems import SystemFile
+from fssdeploy.weights.provenance import Provenance, fingerprint
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARITY = "parity.json"
-# ONNX Runtime's fused attention pays in the encoder (long rows); in the decoder with its six tokens it does not.
-FUSED_STAGES = ("encoder",)
+_OWN_FILE = re.compile(r"(manifest|parity)\.json|[a-z]+(\.ort)?\.onnx(\.data)?")
 
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to export and how. `components` is a subset of the system's stages, in their order."""
+    """What to export and how. `components` is "all" or some of the system's stages, comma-separated.
 
+    InputError for an unknown component or precision.
+    """
+
+    system: SystemFile
     preset: str
-    config: fsdino.FSDinoConfig
-    components: tuple[str, ...]
+    config: Any
+    components: str = "all"
     precision: str = "fp32"
     dynamic_batch: bool = False
 
+    def __post_init__(self) -> None:
+        known = [*self.system.specs(self.config), "all"]
+        unknown = [name for name in self._wanted() if name not in known]
+        if unknown:
+            raise InputError(
+                "component_unknown", f"there is no component '{unknown[0]}'", "", f"Choose from: {', '.join(known)}."
+            )
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                "precision_unknown",
+                f"there is no precision '{self.precision}'",
+                "",
+                f"Choose from: {', '.join(PRECISIONS)}.",
+            )
+
     @property
     def specs(self) -> dict[str, StageSpec]:
-        """Contracts of the chosen stages; without a dynamic batch it is fixed at 1."""
-        specs = {name: spec for name, spec in fsdino.specs(self.config).items() if name in self.components}
-        return specs if self.dynamic_batch else {name: _fixed(spec) for name, spec in specs.items()}
+        """Contracts of the chosen stages, in their order; without a dynamic batch it is fixed at 1."""
+        specs = self.system.specs(self.config)
+        wanted = list(specs) if "all" in self._wanted() else self._wanted()
+        chosen = {name: spec for name, spec in specs.items() if name in wanted}
+        return chosen if self.dynamic_batch else {name: _fixed(spec) for name, spec in chosen.items()}
 
-
-def choose_components(text: str) -> tuple[str, ...]:
-    """ "all" or a comma-separated list of stage names. InputError for an unknown one."""
-    known = tuple(fsdino.specs(fsdino.PRESETS["tiny"]))
-    if text == "all":
-        return known
-    wanted = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [part for part in wanted if part not in known]
-    if unknown or not wanted:
-        raise InputError(
-            "component_unknown",
-            f"there is no component '{unknown[0] if unknown else text}'",
-            "",
-            f"Choose from: all, {', '.join(known)}.",
-        )
-    return tuple(name for name in known if name in wanted)
+    def _wanted(self) -> list[str]:
+        return [part.strip() for part in self.components.split(",")]
 
 
 def plan(request: ExportRequest) -> Report:
     """What an export would write, without weights: files, shapes, parameters, estimated size."""
     with torch.device("meta"):
-        model = fsdino.build(request.config)
+        model = request.system.build(request.config)
     width = torch.empty(0, dtype=PRECISIONS[request.precision]).element_size()
     table = Table("files", ["file", "inputs", "outputs", "parameters", "MB"], [])
     total, stages = 0.0, {}
     for name, spec in request.specs.items():
-        count = stage_parameters(model, name)
+        count = request.system.stage_parameters(model, name)
         size = count * width / 1e6
         total += size
         inputs, outputs = (
@@ -97,29 +104,8 @@ def plan(request: ExportRequest) -> Report:
     return Report("export plan (nothing written)", facts, [table], [f"Also: {MANIFEST}, {PARITY}."], data)
 
 
-def stage_parameters(model: fsdino.FSDino, stage: str) -> int:
-    """Parameters that end up in the graph of a stage (tables baked in are not counted)."""
-    fixed = model.position.positional_encoding_gaussian_matrix.numel()
-
-    def count(*modules: torch.nn.Module) -> int:
-        return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-    full = model.config.variant == "full"
-    projection = count(model.correlation.project) if full else 0
-    kept_bias = model.config.correlation_hidden if full else 0
-    if stage == "encoder":
-        return count(model.encoder, model.adapter) - model.encoder.mask_token.numel()
-    if stage == "enroll":
-        return count(model.svp) * (model.config.svp != "none") + projection - kept_bias
-    decoder = model.decoder
-    unused = count(decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps[1:])
-    segmenter = count(model.dense_prompt, model.position, decoder) - fixed - unused
-    correlation = count(model.correlation) - projection + kept_bias if full else 0
-    return segmenter + correlation + count(model.svp) * (model.config.svp == "none")
-
-
 def export_artifact(
-    model: fsdino.FSDino,
+    model: torch.nn.Module,
     provenance: Provenance,
     request: ExportRequest,
     out: str | os.PathLike[str],
@@ -130,7 +116,7 @@ def export_artifact(
     CheckFailedError if lint or parity fails, InputError if `out` is something else than an artifact, MachineError if
     it cannot be written; in all cases nothing stays behind and what was at `out` is untouched.
     """
-    target = Path(out)
+    target = Path(os.path.realpath(out))  # a link to an artifact stays a link
     with _staging(target) as folder:
         files, findings = _write_graphs(model, request, folder, progress)
         parity = _check(model, request, folder, files, progress)
@@ -140,46 +126,47 @@ def export_artifact(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
         _sync(folder)
         _promote(folder, target)
-    return _report(target, manifest, parity, findings)
+    return _report(Path(out), manifest, parity, findings)
 
 
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target`, gone afterwards whatever happens; refuses to replace foreign folders."""
-    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+    """A temporary sibling of `target`, gone afterwards whatever happens; refuses to replace what is not an artifact."""
+    if foreign := _foreign(target):
         raise InputError(
             "out_occupied",
             f"'{target}' exists and is not an artifact",
-            "it would be replaced",
+            f"'{foreign}' would be lost",
             "Choose another --out.",
         )
-    try:
-        target.absolute().parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
-    except OSError as error:
-        raise storage_error(error, target) from error
-    try:
-        folder.chmod(0o755)
-        yield folder
-    except OSError as error:
-        raise storage_error(error, target) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with staged_folder(target) as folder:
+        try:
+            yield folder
+        except OSError as error:
+            # NumPy, which writes the weights, gives no number for a write that stops short: the disk is full.
+            raise storage_error(error if error.errno else OSError(errno.ENOSPC, str(error)), target) from error
+
+
+def _foreign(target: Path) -> str:
+    """The name of something at `target` that no export writes; empty if there is none."""
+    if not target.is_dir():
+        return target.name if target.exists() else ""
+    return next((path.name for path in target.iterdir() if path.is_dir() or not _OWN_FILE.fullmatch(path.name)), "")
 
 
 def _write_graphs(
-    model: fsdino.FSDino, request: ExportRequest, folder: Path, progress: Callable[[str], None]
+    model: torch.nn.Module, request: ExportRequest, folder: Path, progress: Callable[[str], None]
 ) -> tuple[dict[str, StageFiles], list[Finding]]:
     """All graphs of the chosen stages, linted. CheckFailedError names the first broken rule."""
     parity_runtimes(request.precision)  # before the long work, not after it
-    modules = fsdino.stages(model, PRECISIONS[request.precision])
+    modules = request.system.stages(model, PRECISIONS[request.precision])
     bf16 = request.precision == "bf16"
     files: dict[str, StageFiles] = {}
     findings: list[Finding] = []
     for name, spec in request.specs.items():
         progress(f"exporting {name} (tracing)")
         # ONNX Runtime's fused kernel on the CPU knows float32 only.
-        fuse = name in FUSED_STAGES and request.precision == "fp32"
+        fuse = name in request.system.FUSED_STAGES and request.precision == "fp32"
         files[name] = export_stage(
             modules[name],
             spec,
@@ -209,7 +196,7 @@ def _write_graphs(
 
 
 def _check(
-    model: fsdino.FSDino,
+    model: torch.nn.Module,
     request: ExportRequest,
     folder: Path,
     files: Mapping[str, StageFiles],
@@ -217,7 +204,7 @@ def _check(
 ) -> dict[str, Any]:
     """Parity of every graph that was written. CheckFailedError names the first component that drifts."""
     # The reference is the network itself, not the folded copy the graphs were traced from.
-    reference = TorchEngine(fsdino.reference_stages(model), fsdino.specs(request.config))
+    reference = TorchEngine(request.system.reference_stages(model), request.system.specs(request.config))
     graphs = {name: folder / stage.portable for name, stage in files.items()}
     fused = {name: folder / (stage.onnxruntime or stage.portable) for name, stage in files.items()}
     wanted = {f"{runtime} (portable)": (runtime, graphs) for runtime in parity_runtimes(request.precision)}
@@ -228,7 +215,7 @@ def _check(
         for name, (runtime, paths) in wanted.items()
     }
     result = check_parity(
-        reference, candidates, request.specs, preprocessing(request.config), request.precision, progress
+        reference, candidates, request.specs, request.system.preprocessing(request.config), request.precision, progress
     )
     if not result["holds"]:
         raise CheckFailedError(
@@ -257,13 +244,8 @@ def parity_runtimes(precision: str) -> list[str]:
     return able
 
 
-def preprocessing(config: fsdino.FSDinoConfig) -> dict[str, Any]:
-    """How pictures become the encoder's input; part of what a bank is bound to (through the configuration)."""
-    return {"canvas": config.image_size, "patch": config.encoder.patch, "geometry": config.geometry}
-
-
 def _manifest(
-    model: fsdino.FSDino,
+    model: torch.nn.Module,
     provenance: Provenance,
     request: ExportRequest,
     folder: Path,
@@ -278,7 +260,7 @@ def _manifest(
                 "weights": files[name].weights,
                 **({"onnxruntime": files[name].onnxruntime} if files[name].onnxruntime else {}),
             },
-            "parameters": stage_parameters(model, name),
+            "parameters": request.system.stage_parameters(model, name),
         }
         for name, spec in request.specs.items()
     }
@@ -287,15 +269,15 @@ def _manifest(
     }
     manifest = {
         "format": FORMAT,
-        "system": fsdino.NAME,
+        "system": request.system.NAME,
         "preset": request.preset,
         "config": request.config.to_dict(),
         "precision": request.precision,
         "dynamic_batch": request.dynamic_batch,
         "kshot": "mean",
         "weights": provenance.to_dict(),
-        "fingerprint": fingerprint(model),
-        "preprocessing": preprocessing(request.config),
+        "fingerprint": fingerprint(model, request.config.to_dict(), request.system.STATE_PARAMETERS),
+        "preprocessing": request.system.preprocessing(request.config),
         "stages": stages,
         "files": sealed,
         "versions": {
@@ -321,18 +303,17 @@ def _sync(folder: Path) -> None:
 
 
 def _promote(folder: Path, target: Path) -> None:
-    """Rename into place; an old artifact is moved aside first and moved back if the rename fails."""
-    if not target.exists():
-        os.rename(folder, target)
-        return
+    """Rename into place; an old artifact is moved aside first, and back if that fails or is interrupted."""
     aside = folder.with_name(folder.name + ".old")
-    os.rename(target, aside)
     try:
+        if target.exists():
+            os.rename(target, aside)
         os.rename(folder, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        sync_folder(target.parent)
+    finally:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _drift_text(result: Mapping[str, Any]) -> str:

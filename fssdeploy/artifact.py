@@ -55,7 +55,7 @@ class Artifact:
                 "artifact_missing",
                 f"'{folder}' is not an artifact",
                 f"it holds no {MANIFEST}",
-                "Name the directory that fssdeploy export wrote.",
+                "Run fssdeploy export, and name the directory it wrote.",
             ) from error
         except UnicodeDecodeError as error:
             raise _damaged(file, "it is not text") from error

@@ -15,12 +15,12 @@ from fssdeploy.artifact import Artifact, load
 from fssdeploy.bank.bank import Bank
 from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.errors import MachineError
-from fssdeploy.export.artifact import ExportRequest, choose_components, export_artifact, preprocessing
+from fssdeploy.export.artifact import ExportRequest, export_artifact
 from fssdeploy.images.masks import load_mask, save_mask
 from fssdeploy.images.overlay import contact_sheet, overlay, save_picture
 from fssdeploy.pipeline import StagedSystem
 from fssdeploy.report import Report, Table
-from fssdeploy.systems import fsdino
+from fssdeploy.systems import fsdino, get_system
 from fssdeploy.weights.fsdino import fill
 
 _T = TypeVar("_T")
@@ -65,7 +65,7 @@ def run(
     model = fsdino.build(config)
     # A demonstration runs on whatever weights there are; what no file covers is seeded, and every output says so.
     provenance = fill(model, weights, untrained_seed=0)
-    request = ExportRequest(preset, config, choose_components("all"))
+    request = ExportRequest(get_system(fsdino.NAME), preset, config)
     start = time.perf_counter()
     proof = export_artifact(model, provenance, request, out / "artifact", progress)
     exported = time.perf_counter() - start
@@ -83,7 +83,7 @@ def run(
         "pytorch",
         fsdino.specs(config),
         TorchEngine(fsdino.reference_stages(model), fsdino.specs(config)),
-        preprocessing(config),
+        fsdino.preprocessing(config),
         system.fingerprint,
     )
 

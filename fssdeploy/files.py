@@ -9,8 +9,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from fssdeploy.errors import InputError, MachineError
 
@@ -37,7 +37,7 @@ def storage_error(error: OSError, path: str | os.PathLike[str]) -> MachineError:
     return MachineError(code, f"'{os.fspath(path)}' cannot be read or written", why, fix)
 
 
-def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+def open_file(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file that is not empty, for reading bytes.
 
     Raises InputError when it is missing, a folder, not a regular file or empty; MachineError when the machine refuses.

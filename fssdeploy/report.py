@@ -51,7 +51,7 @@ class Report:
         console = Console(
             file=stream,
             width=width or shutil.get_terminal_size((PIPED_WIDTH, 24)).columns,
-            force_terminal=sys.stdout.isatty(),
+            force_terminal=bool(sys.stdout and sys.stdout.isatty()),
             markup=False,  # "[export]" in a cell is text
             emoji=False,
             highlight=False,
@@ -88,8 +88,8 @@ class Report:
         return {name: _plain(value) for name, value in {"title": self.title, "notes": self.notes, **self.data}.items()}
 
     def json(self) -> str:
-        """`to_dict()` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        """`to_dict()` as indented JSON, in ASCII: any output can show it, and file names that are not text survive."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
 def cell_text(value: object) -> str:

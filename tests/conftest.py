@@ -28,14 +28,14 @@ def read_case(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny preset, exported once with seeded weights."""
-    from fssdeploy.export.artifact import ExportRequest, choose_components, export_artifact
-    from fssdeploy.systems import fsdino
+    from fssdeploy.export.artifact import ExportRequest, export_artifact
+    from fssdeploy.systems import fsdino, get_system
     from fssdeploy.weights.fsdino import fill
 
     model = fsdino.build(fsdino.PRESETS["tiny"])
     provenance = fill(model, [], untrained_seed=0)
     out = tmp_path_factory.mktemp("artifacts") / "tiny"
-    export_artifact(model, provenance, ExportRequest("tiny", model.config, choose_components("all")), out)
+    export_artifact(model, provenance, ExportRequest(get_system("fsdino"), "tiny", model.config), out)
     return out
 
 

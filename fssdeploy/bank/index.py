@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from fssdeploy.errors import FssError, InputError, IntegrityError, MachineError
 from fssdeploy.files import storage_error
 
 BUSY_SECONDS = 30.0
+_LITTLE = 1 << 17  # bytes; an empty index with its helper files takes about as much
 
 
 class Index:
@@ -148,7 +151,10 @@ class Index:
                 why = f"another process has been writing for {BUSY_SECONDS:.0f} s"
                 return MachineError("bank_busy", what, why, "Try again.")
             case sqlite3.SQLITE_FULL:
-                return MachineError("no_space", what, "there is no space left on the disk", "Free some space.")
+                return storage_error(OSError(errno.ENOSPC, ""), self.path.parent)
+            # Where it cannot enlarge its helper files SQLite does not say why.
+            case sqlite3.SQLITE_IOERR if shutil.disk_usage(self.path.parent).free < _LITTLE:
+                return storage_error(OSError(errno.ENOSPC, ""), self.path.parent)
             case sqlite3.SQLITE_READONLY:
                 return MachineError("read_only", what, "it can only be read", "Change its permissions, or copy it.")
             case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR | sqlite3.SQLITE_PROTOCOL:

@@ -26,11 +26,10 @@ def store_class(
         with Bank.open(folder, state.fingerprint) as bank:
             version = bank.extend(name, state)
             return version, bank.get(name, version).shots
-    version = None if os.path.lexists(folder) else _put_first(folder, name, state)
-    if version is None:
-        with Bank.open(folder, state.fingerprint, create=True) as bank:
-            version = bank.put(name, state)
-    return version, state.shots
+    if not os.path.lexists(folder) and (first := _put_first(folder, name, state)):
+        return first, state.shots
+    with Bank.open(folder, state.fingerprint, create=True) as bank:
+        return bank.put(name, state), state.shots
 
 
 def _put_first(folder: Path, name: str, state: ClassState) -> int | None:

@@ -7,6 +7,7 @@ import typer
 from fssdeploy import __version__
 from fssdeploy.cli.bank import bank_app
 from fssdeploy.cli.bench import bench
+from fssdeploy.cli.common import write_out
 from fssdeploy.cli.demo import demo
 from fssdeploy.cli.doctor import doctor
 from fssdeploy.cli.enroll import enroll
@@ -27,7 +28,7 @@ app.add_typer(bank_app, name="bank")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"fssdeploy {__version__}")
+        write_out(f"fssdeploy {__version__}")
         raise typer.Exit
 
 

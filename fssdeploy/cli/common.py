@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fssdeploy.errors import FssError
+from fssdeploy.files import storage_error
 from fssdeploy.report import Report
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -18,26 +21,64 @@ Runtime = Annotated[str, typer.Option(help="onnxruntime or openvino.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; default: the cores this process may use.")]
 BankDir = Annotated[Path, typer.Option("--bank", help="Directory of enrolled classes.")]
 
+PROGRESS_SECONDS = 10.0
+
 
 def emit(report: Report, as_json: bool) -> None:
-    """Print a report to standard output."""
-    print(report.json() if as_json else report.text())
+    """Print a report to standard output. Raises MachineError when that is full."""
+    write_out(report.json() if as_json else report.text())
+
+
+def write_out(text: str) -> None:
+    """Print to standard output and flush. A reader that has gone (head, less) is no failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        drop_output()
+    except OSError as error:
+        drop_output()
+        raise storage_error(error, "standard output") from error
+
+
+def drop_output() -> None:
+    """Send what is still to be written to standard output nowhere; else Python would complain again on exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(line: str) -> None:
+    """Print a line to standard error, if there is one."""
+    if sys.stderr:
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def say_error(error: FssError) -> None:
+    """Print an error to standard error, on one line."""
+    say(f"fssdeploy: error[{error.code}]: {error.line()}")
 
 
 @contextmanager
 def progress_lines(as_json: bool) -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done, with elapsed seconds: a live line on a terminal, else plain lines.
+    """A function that shows what is being done, with elapsed seconds.
 
-    Silent with `--json`, so that standard error holds errors alone.
+    A live line on a terminal; else at most one plain line every ten seconds, so that long work shows a sign of life and
+    standard error otherwise holds errors alone. Silent with `--json`.
     """
+    start = last = time.monotonic()
+
+    def line(text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_SECONDS:
+            last = now
+            say(f"[{now - start:6.1f} s] {text}")
+
     if as_json:
         yield lambda _: None
-        return
-    start = time.monotonic()
-    if not sys.stderr.isatty():
-        yield lambda text: print(f"[{time.monotonic() - start:6.1f} s] {text}", file=sys.stderr, flush=True)
-        return
-    from rich.console import Console
+    elif sys.stderr and sys.stderr.isatty():
+        from rich.console import Console
 
-    with Console(stderr=True).status("starting") as status:
-        yield lambda text: status.update(f"{text} ({time.monotonic() - start:.0f} s)")
+        with Console(stderr=True).status("starting") as status:
+            yield lambda text: status.update(f"{text} ({time.monotonic() - start:.0f} s)")
+    else:
+        yield line

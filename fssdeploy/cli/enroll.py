@@ -33,18 +33,19 @@ def enroll(
     as_json: Json = False,
 ) -> None:
     """Enrol NAME from annotated pictures; queries then cost the same however many there were."""
-    from fssdeploy.artifact import load
-    from fssdeploy.bank.bank import Bank
+    from fssdeploy.artifact import Artifact, load
+    from fssdeploy.bank.names import class_name
+    from fssdeploy.bank.store import store_class
     from fssdeploy.report import Report
 
     annotations = _annotations(len(image), mask or [], box or [], polygon or [])
+    name = class_name(name)
+    note = Artifact.open(artifact).weights_note
     system = load(artifact, runtime, threads=threads)
     start = time.perf_counter()
     state = enroll_pictures(system, list(zip(image, annotations, strict=True)), label)
     seconds = time.perf_counter() - start
-    with Bank.open(bank, system.fingerprint, create=True) as opened:
-        version = opened.extend(name, state) if add else opened.put(name, state)
-        shots = opened.get(name, version).shots
+    version, shots = store_class(bank, name, state, add=add)
     facts = {
         "class": name,
         "version": version,
@@ -53,7 +54,7 @@ def enroll(
         "enrolled in": f"{seconds * 1e3:.0f} ms",
     }
     data = {"class": name, "version": version, "shots": shots, "bank": str(bank), "seconds": seconds}
-    emit(Report("enrolled", facts, [], notes(artifact), data), as_json)
+    emit(Report("enrolled", facts, [], [note] if note else [], data), as_json)
 
 
 def enroll_pictures(system: StagedSystem, pairs: list[tuple[Path, str]], label: int | None = None) -> ClassState:
@@ -67,14 +68,6 @@ def enroll_pictures(system: StagedSystem, pairs: list[tuple[Path, str]], label: 
         for picture, (_, annotation) in zip(pictures, pairs, strict=True)
     ]
     return system.enroll(system.encode(pictures), masks)
-
-
-def notes(artifact: Path) -> list[str]:
-    """What every report about this artifact must say."""
-    from fssdeploy.artifact import Artifact
-
-    note = Artifact.open(artifact).weights_note
-    return [note] if note else []
 
 
 def _annotations(count: int, masks: list[str], boxes: list[str], polygons: list[str]) -> list[str]:

@@ -44,31 +44,32 @@ def export(
     require_export_extra()
     with progress_lines(as_json) as progress:
         progress("loading PyTorch")
-        from fssdeploy.export.artifact import PRECISIONS, ExportRequest, choose_components, export_artifact, plan
+        from fssdeploy.export.artifact import ExportRequest, export_artifact, plan
         from fssdeploy.systems import get_system
-        from fssdeploy.weights.fsdino import fill
+        from fssdeploy.weights import fill
 
         module = get_system(system)
         config = configure(system, preset, image_size=image_size, variant=variant, options=options or [])
-        if precision not in PRECISIONS:
-            raise InputError(
-                "precision_unknown",
-                f"there is no precision '{precision}'",
-                "",
-                f"Choose from: {', '.join(PRECISIONS)}.",
-            )
-        request = ExportRequest(preset, config, choose_components(components), precision, dynamic_batch)
+        request = ExportRequest(module, preset, config, components, precision, dynamic_batch)
+        # The tiny preset has no trained weights yet: seeded ones, said so in every output.
+        seeded = untrained or (preset == "tiny" and not weights)
         if dry_run:
             report = plan(request)
+            report.notes += _outlook(seeded, bool(weights))
         else:
             progress("building the network")
             model = module.build(config)
-            # The tiny preset has no trained weights yet: seeded ones, said so in every output.
-            seeded = untrained or (preset == "tiny" and not weights)
-            provenance = fill(model, weights or [], UNTRAINED_SEED if seeded else None)
+            provenance = fill(system, model, weights or [], UNTRAINED_SEED if seeded else None)
             target = out or Path("artifacts") / f"{system}-{preset}"
             report = export_artifact(model, provenance, request, target, progress)
     emit(report, as_json)
+
+
+def _outlook(seeded: bool, given: bool) -> list[str]:
+    """What a dry run says of the weights, which it does not read."""
+    if seeded:
+        return [f"UNTRAINED weights (seed {UNTRAINED_SEED}) fill what no --weights covers: masks would mean nothing."]
+    return [] if given else ["This preset has no weights of its own: the export needs --weights or --untrained."]
 
 
 def configure(

@@ -15,7 +15,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 import openvino as ov  # noqa: E402
 
-from fssdeploy.errors import IntegrityError  # noqa: E402
+from fssdeploy.engines.failures import graph_unreadable, run_failed  # noqa: E402
 from fssdeploy.protocol import StageSpec  # noqa: E402
 
 

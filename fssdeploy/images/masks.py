@@ -194,7 +194,10 @@ def _read_json(name: str) -> np.ndarray:
             'it is neither {"size", "counts"} nor {"segmentation": {"size", "counts"}}',
             "Export the mask as RLE; a polygon can be given as text, polygon:x,y,x,y,...",
         )
-    return decode_rle(data)
+    try:
+        return decode_rle(data)
+    except InputError as error:
+        raise InputError(error.code, f"'{name}': {error.what}", error.why, error.fix) from error
 
 
 def _draw(text: str, size: tuple[int, int]) -> np.ndarray:

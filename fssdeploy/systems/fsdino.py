@@ -28,6 +28,9 @@ from fssdeploy.modules.sam_decoder import FourierPosition, MaskDecoder, mask_dow
 from fssdeploy.protocol import BATCH, StageSpec, TensorSpec
 
 NAME = "fsdino"
+# Attention over long rows gains from ONNX Runtime's fused kernel; the decoder's six tokens do not.
+FUSED_STAGES = ("encoder",)
+STATE_PARAMETERS = ("encoder.", "adapter.", "svp.", "correlation.project.")
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "variant": ("full", "compact"),
@@ -306,6 +309,11 @@ def specs(config: FSDinoConfig) -> dict[str, StageSpec]:
     }
 
 
+def preprocessing(config: FSDinoConfig) -> dict[str, Any]:
+    """How pictures become the encoder's input; part of what a bank is bound to (through the configuration)."""
+    return {"canvas": config.image_size, "patch": config.encoder.patch, "geometry": config.geometry}
+
+
 class EncoderStage(nn.Module):
     table: torch.Tensor
 
@@ -363,3 +371,24 @@ def stages(model: FSDino, dtype: torch.dtype = torch.float32) -> dict[str, nn.Mo
     exported = copy.deepcopy(reference_stages(model))
     exported["encoder"].get_submodule("model.encoder").fold_layer_scale()  # type: ignore[operator]
     return {name: stage.eval().requires_grad_(False).to(dtype) for name, stage in exported.items()}
+
+
+def stage_parameters(model: FSDino, stage: str) -> int:
+    """Parameters that end up in the graph of a stage (tables baked in are not counted)."""
+    fixed = model.position.positional_encoding_gaussian_matrix.numel()
+
+    def count(*modules: nn.Module) -> int:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    full = model.config.variant == "full"
+    projection = count(model.correlation.project) if full else 0
+    kept_bias = model.config.correlation_hidden if full else 0
+    if stage == "encoder":
+        return count(model.encoder, model.adapter) - model.encoder.mask_token.numel()
+    if stage == "enroll":
+        return count(model.svp) * (model.config.svp != "none") + projection - kept_bias
+    decoder = model.decoder
+    unused = count(decoder.iou_prediction_head, *decoder.output_hypernetworks_mlps[1:])
+    segmenter = count(model.dense_prompt, model.position, decoder) - fixed - unused
+    correlation = count(model.correlation) - projection + kept_bias if full else 0
+    return segmenter + correlation + count(model.svp) * (model.config.svp == "none")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -18,22 +15,10 @@ from fssdeploy.files import write_atomic
 from fssdeploy.systems.fsdino import FSDino, FSDinoConfig, initialise_untrained
 from fssdeploy.weights.checkpoint import Checkpoint, load_strict, read_checkpoint
 from fssdeploy.weights.dinov2 import is_dinov2, load_dinov2
+from fssdeploy.weights.provenance import Provenance
 from fssdeploy.weights.sam import is_sam, sam_part, sam_size
 
 _CONFIG = "fsdino_config"
-
-
-@dataclass
-class Provenance:
-    """Where a network's weights came from. `status`: "trained", "partial" (some groups untrained) or "untrained"."""
-
-    status: str
-    untrained_groups: list[str]
-    seed: int | None
-    sources: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 def fill(model: FSDino, files: Sequence[str | Path], untrained_seed: int | None) -> Provenance:
@@ -71,16 +56,6 @@ def save_checkpoint(model: FSDino, path: str | Path, metadata: dict[str, str]) -
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps(model.config.to_dict(), sort_keys=True)
     write_atomic(path, safetensors.torch.save(tensors, {**metadata, _CONFIG: config}))
-
-
-def fingerprint(model: FSDino) -> str:
-    """sha256 over the configuration and the weights that class states and features depend on (encode and enroll)."""
-    state = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(("encoder.", "adapter.", "svp.", "correlation.project.")):
-            state.update(name.encode())
-            state.update(tensor.float().contiguous().numpy().tobytes())
-    return state.hexdigest()
 
 
 def _load(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:

@@ -15,33 +15,21 @@ import fssdeploy
 from fssdeploy.artifact import Artifact, digest, load
 from fssdeploy.errors import CheckFailedError, FssError, InputError, IntegrityError, MachineError
 from fssdeploy.export import artifact as writer
-from fssdeploy.export.artifact import ExportRequest, choose_components, export_artifact, plan, stage_parameters
+from fssdeploy.export.artifact import ExportRequest, export_artifact, plan
 from fssdeploy.export.parity import TOLERANCES
-from fssdeploy.modules.dinov2 import ViTConfig
-from fssdeploy.systems.fsdino import PRESETS, FSDino, FSDinoConfig, build
+from fssdeploy.systems import get_system
+from fssdeploy.systems.fsdino import PRESETS, FSDino, FSDinoConfig, build, stage_parameters
 from fssdeploy.weights.fsdino import Provenance, fill
-
-CONFIG = FSDinoConfig(
-    encoder=ViTConfig(48, 3, 3, table=5),
-    image_size=70,
-    adapter_middle=24,
-    adapter_bottleneck=16,
-    adapter_ffn=32,
-    correlation_hidden=20,
-    correlation_head=(12, 8, 4),
-    decoder_dim=32,
-    decoder_heads=4,
-    decoder_mlp=64,
-)
+from tests.networks import SMALL
 
 
-def network(config: FSDinoConfig = CONFIG, seed: int = 0) -> tuple[FSDino, Provenance]:
+def network(config: FSDinoConfig = SMALL, seed: int = 0) -> tuple[FSDino, Provenance]:
     model = build(config)
     return model, fill(model, [], untrained_seed=seed)
 
 
-def request(config: FSDinoConfig = CONFIG, components: str = "all", **options: object) -> ExportRequest:
-    return ExportRequest("test", config, choose_components(components), **options)  # type: ignore[arg-type]
+def request(config: FSDinoConfig = SMALL, components: str = "all", **options: object) -> ExportRequest:
+    return ExportRequest(get_system("fsdino"), "test", config, components, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +160,7 @@ def test_chosen_components_only(tmp_path: Path) -> None:
         system = load(out)
         system.enroll(system.encode([np.zeros((20, 20, 3), np.uint8)]), [np.ones((20, 20), bool)])
     with pytest.raises(InputError, match="decoder"):
-        choose_components("encoder,decoder")
+        request(components="encoder,decoder")
 
 
 def test_a_drifting_graph_is_not_promoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +305,7 @@ def test_the_digest_covers_everything_but_itself() -> None:
 
 
 def test_letterbox_is_another_fingerprint(dynamic: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, geometry="letterbox")
+    config = dataclasses.replace(SMALL, geometry="letterbox")
     out = tmp_path / "letterbox"
     export_artifact(*network(config), request(config, components="encoder,enroll"), out)
     assert Artifact.open(out).fingerprint != Artifact.open(dynamic).fingerprint

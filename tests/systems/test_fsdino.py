@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from fssdeploy.benchmarks.baselines.fsdino_research import joint_forward
 from fssdeploy.errors import InputError
-from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.modules.pooling import mask_to_tokens
 from fssdeploy.systems.fsdino import (
     OPTIONS,
@@ -23,19 +22,7 @@ from fssdeploy.systems.fsdino import (
     specs,
     stages,
 )
-
-SMALL = FSDinoConfig(
-    encoder=ViTConfig(48, 4, 3, table=5),
-    image_size=70,
-    adapter_middle=24,
-    adapter_bottleneck=16,
-    adapter_ffn=32,
-    correlation_hidden=20,
-    correlation_head=(12, 8, 4),
-    decoder_dim=32,
-    decoder_heads=4,
-    decoder_mlp=64,
-)
+from tests.networks import SMALL
 
 
 def small(seed: int = 0, **changes: object) -> FSDino:

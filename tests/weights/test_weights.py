@@ -14,22 +14,20 @@ from safetensors.torch import save_file
 
 from fssdeploy.errors import InputError
 from fssdeploy.modules.dinov2 import ViTConfig
-from fssdeploy.systems.fsdino import FSDino, FSDinoConfig, build, initialise_untrained
+from fssdeploy.systems.fsdino import STATE_PARAMETERS, FSDino, build, initialise_untrained
+from fssdeploy.weights import provenance
 from fssdeploy.weights.checkpoint import read_checkpoint
 from fssdeploy.weights.dinov2 import to_official
-from fssdeploy.weights.fsdino import fill, fingerprint, save_checkpoint
+from fssdeploy.weights.fsdino import fill, save_checkpoint
+from tests.networks import SMALL
 from tests.third_party import import_segment_anything
 
-# SAM's own decoder sizes, so that an official file fits; everything else small.
-CONFIG = FSDinoConfig(
-    encoder=ViTConfig(48, 3, 3, table=5),
-    image_size=70,
-    adapter_middle=24,
-    adapter_bottleneck=16,
-    adapter_ffn=32,
-    correlation_hidden=20,
-    correlation_head=(12, 8, 4),
-)
+# SAM's own decoder sizes, so that an official file fits.
+CONFIG = dataclasses.replace(SMALL, decoder_dim=256, decoder_heads=8, decoder_mlp=2048)
+
+
+def fingerprint(model: FSDino) -> str:
+    return provenance.fingerprint(model, model.config.to_dict(), STATE_PARAMETERS)
 
 
 @pytest.fixture

@@ -55,6 +55,9 @@ class OnnxRuntimeEngine:
         if stage not in self._sessions:
             options = ort.SessionOptions()
             options.intra_op_num_threads = self._threads
+            # Every stage has a thread pool of its own; one that waits by spinning takes the cores from the next stage
+            # (two cores, tiny preset: 40 ms a query with spinning, 23 ms without).
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             options.log_severity_level = 4  # what goes wrong is raised; as a log it would be said twice
             path = self._graphs[stage]
             try:

@@ -84,6 +84,18 @@ class FSDinoConfig:
                 f"pictures are cut into patches of {self.encoder.patch} pixels",
                 f"Use a multiple of {self.encoder.patch}, at least {2 * self.encoder.patch}.",
             )
+        sizes = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.type == "int"}
+        for name, size in [*sizes.items(), ("registers", self.encoder.registers)]:
+            least = 0 if name in ("tap_block", "registers") else 1
+            if size < least:
+                raise InputError("option_unknown", f"{name} cannot be {size}", "", f"It is at least {least}.")
+        # Its cross-attention works at half the width, its up-scaling ends at an eighth.
+        if self.decoder_dim % 8 or self.decoder_dim % (2 * self.decoder_heads):
+            raise InputError(
+                "option_unknown",
+                f"decoder_dim {self.decoder_dim} and decoder_heads {self.decoder_heads} do not fit",
+                "the width is a multiple of 8 and of twice the heads",
+            )
         if not 0 <= self.tap_block < self.encoder.depth:
             raise InputError("option_unknown", f"tap_block {self.tap_block} is not a block of this encoder")
         if self.adapter_heads < 1 or self.adapter_bottleneck % self.adapter_heads:

@@ -138,8 +138,8 @@ class StagedSystem:
         if chosen.object.shape != (where.height, where.width):
             raise InputError(
                 "mask_size",
-                f"mask {index + 1} is {chosen.object.shape[1]} x {chosen.object.shape[0]} pixels",
-                f"its picture is {where.width} x {where.height}",
+                f"mask {index + 1} is {' x '.join(map(str, chosen.object.shape))} pixels (height x width)",
+                f"its picture is {where.height} x {where.width}",
                 "Masks are never resized: make it at the picture's size.",
             )
         if not chosen.object.any():

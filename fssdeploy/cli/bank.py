@@ -22,13 +22,15 @@ def list_classes(directory: Directory, as_json: Json = False) -> None:
 
     table = Table("", ["class", "version", "shots", "kB", "created"], [])
     with Bank.open(directory) as bank:
-        data = []
+        classes = []
         for name in bank.names():
             for info in bank.versions(name):
                 table.rows.append([name, info.version, info.shots, f"{info.bytes / 1e3:.0f}", info.created])
-                data.append({"class": name, "version": info.version, "shots": info.shots, "created": info.created})
-        facts = {"bank": str(directory), "made by artifact": bank.fingerprint[:16]}
-    emit(Report("bank", facts, [table], [], {"classes": data, **facts}), as_json)
+                classes.append({"class": name, "version": info.version, "shots": info.shots, "created": info.created})
+        fingerprint = bank.fingerprint
+    facts = {"bank": str(directory), "made by artifact": fingerprint[:16]}
+    data = {"bank": str(directory), "fingerprint": fingerprint, "classes": classes}
+    emit(Report("bank", facts, [table], [], data), as_json)
 
 
 @bank_app.command()

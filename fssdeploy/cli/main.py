@@ -37,7 +37,7 @@ def main() -> NoReturn:
 
         drop_output()
         if code == 0 and not isinstance(error, BrokenPipeError):
-            code = _report(_in_our_words(error))
+            code = _report(storage_error(error, "standard output"))
     sys.exit(code)
 
 
@@ -93,7 +93,7 @@ def _in_our_words(error: BaseException) -> FssError:
             "no_memory", "the machine ran out of memory", "", "Use smaller pictures or a smaller preset."
         )
     if isinstance(error, OSError):
-        return storage_error(error, error.filename or "standard output")
+        return storage_error(error, error.filename or "a file or folder")
     if isinstance(error, ImportError):
         return MachineError("package_broken", "a package cannot be loaded", str(error), "Run: fssdeploy doctor")
     if os.environ.get(TRACEBACK):

@@ -49,6 +49,7 @@ def fssdeploy(*arguments: object) -> Answer:
         pytest.raises(SystemExit) as caught,
     ):
         patch.setattr(sys, "argv", ["fssdeploy", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")  # of the tables
         main()
     signal.signal(signal.SIGTERM, handler)
     assert isinstance(caught.value.code, int)

@@ -39,7 +39,7 @@ def test_untrained_weights_are_said_to_be_untrained_everywhere(tmp_path: Path) -
 
 def test_a_failed_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(parity.TOLERANCES, "fp32", Tolerance(0.0, 0.0, 1.0, 0.0))
-    arguments = ["--components", "enroll,segment", "--out", tmp_path / "new" / "a", "--json"]
+    arguments = ["--components", "enroll", "--out", tmp_path / "new" / "a", "--json"]
     answer = fssdeploy("export", "fsdino", *arguments)
     assert "enroll." in answer.check_refused("parity_failed", 2)
     assert answer.json["error"]["exit_code"] == 2

@@ -195,6 +195,8 @@ def _result(
             rows.append({"variant": contestant.variant, "case": case, "shots": count} | _figures(samples, gflop, peak))
     return {
         "what": "latency of a query",
+        "command": f"fssdeploy bench artifacts/{artifact.name} --rounds {rounds} --shots {','.join(map(str, shots))}",
+        "seed": artifact.manifest["weights"]["seed"],
         "artifact": artifact.name,
         "precision": artifact.manifest["precision"],
         "weights": artifact.manifest["weights"]["status"],

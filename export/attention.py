@@ -1,7 +1,8 @@
 """What becomes of the opaque attention nodes in a freshly traced graph (fssdeploy.modules.attention).
 
 One trace gives two files: the portable one in standard operators, and one for ONNX Runtime with its fused kernel, which
-keeps no heads x N x N scores (ViT-B at 518 pixels: 3 % faster, 195 MiB less; benchmarks/results/latency-fsdino-base.json). Both read the same weights file.
+keeps no heads x N x N scores: at ViT-B and 518 pixels 3 % faster and 195 MiB smaller
+(benchmarks/results/latency-fsdino-base.json). Both read the same weights file.
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ finally:
 
 # An export that gets stuck with a half-written folder; it says when.
 STUCK_EXPORT = """
-import sys, time
+import signal, sys, time
+# A test run started in the background hands down an ignored SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fssdeploy.export import artifact
 from fssdeploy.systems import fsdino
 from tests.networks import SMALL

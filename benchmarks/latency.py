@@ -19,7 +19,7 @@ from typing import Any
 from fssdeploy.artifact import Artifact
 from fssdeploy.benchmarks.baselines.fsdino_research import extra_flops
 from fssdeploy.benchmarks.machine import busy_seconds, describe_machine, matrix_peak
-from fssdeploy.engines import RUNTIMES
+from fssdeploy.engines import RUNTIMES, available_cores
 from fssdeploy.errors import InputError
 from fssdeploy.export.profile import count_flops
 from fssdeploy.report import Report, Table
@@ -154,8 +154,7 @@ def _sample(contestant: Contestant, case: str, count: int) -> None:
     after = busy_seconds()
     others = 0.0
     if before is not None and after is not None:
-        cores = describe_machine()["cores"]
-        others = max(0.0, after - before - answer["cpu"]) / (answer["wall"] * cores)
+        others = max(0.0, after - before - answer["cpu"]) / (answer["wall"] * available_cores())
     samples.append(Sample(answer["wall"], answer["cpu"], others))
 
 

@@ -31,9 +31,6 @@ class StageFiles:
     weights: str
     onnxruntime: str | None  # the same graph with ONNX Runtime's fused attention
 
-    def all(self) -> list[str]:
-        return [name for name in (self.portable, self.weights, self.onnxruntime) if name]
-
 
 def example_inputs(spec: StageSpec, batch: int) -> tuple[torch.Tensor, ...]:
     """Random inputs of the declared shapes and dtypes."""

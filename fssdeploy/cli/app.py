@@ -8,9 +8,11 @@ from fssdeploy import __version__
 from fssdeploy.cli.bank import bank_app
 from fssdeploy.cli.bench import bench
 from fssdeploy.cli.common import write_out
+from fssdeploy.cli.data import data_app
 from fssdeploy.cli.demo import demo
 from fssdeploy.cli.doctor import doctor
 from fssdeploy.cli.enroll import enroll
+from fssdeploy.cli.evaluate import evaluate
 from fssdeploy.cli.export import export
 from fssdeploy.cli.segment import segment
 
@@ -21,9 +23,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, enroll, segment, bench, doctor, demo):
+for verb in (export, enroll, segment, evaluate, bench, doctor, demo):
     app.command()(verb)
 app.add_typer(bank_app, name="bank")
+app.add_typer(data_app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,197 @@
+"""`fssdeploy evaluate`: mIoU of a system on a few-shot data set, on PyTorch or of an exported artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fssdeploy.cli.common import Json, emit, progress_lines
+from fssdeploy.cli.export import UNTRAINED_SEED, configure, require_export_extra
+from fssdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    from fssdeploy.data.dataset import Dataset
+    from fssdeploy.data.episodes import EpisodeList
+    from fssdeploy.evaluation.run import Subject
+
+# What the command calls a runtime -> what fssdeploy.engines does.
+RUNTIMES = {"torch": "torch", "onnx": "onnxruntime", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+SPACES = ("original", "canvas")
+
+
+def evaluate(
+    system: Annotated[str, typer.Argument(help="The system to evaluate: fsdino.")],
+    dataset: Annotated[str, typer.Option(help="shapes-5i, pascal-5i, coco-20i, ...")],
+    data_dir: Annotated[Path | None, typer.Option(help="Directory of the data set; shapes-5i needs none.")] = None,
+    fold: Annotated[str | None, typer.Option(help="A number, or all (the default): every fold and their mean.")] = None,
+    shot: Annotated[int | None, typer.Option(help="Support pictures in an episode; default: 1.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="Episodes in a fold; default: the published protocol's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the episodes and the intervals; default: 0.")] = None,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="The episodes of an earlier run, instead of drawing them.")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="torch, onnx or openvino; default: onnx with --artifact, else torch.")
+    ] = None,
+    artifact: Annotated[Path | None, typer.Option(help="Directory written by fssdeploy export.")] = None,
+    preset: Annotated[str | None, typer.Option(help="tiny (the default), small, base or large; for torch.")] = None,
+    weights: Annotated[list[Path] | None, typer.Option(help="Checkpoint; several add up; for torch.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the encoder's canvas, in pixels; for torch.")] = None,
+    variant: Annotated[str | None, typer.Option(help="full, or compact (no 4D correlation); for torch.")] = None,
+    options: Annotated[list[str] | None, typer.Option("--set", help="An open choice: NAME=VALUE; for torch.")] = None,
+    untrained: Annotated[bool, typer.Option(help="Fill what no checkpoint covers from a seed, and say so.")] = False,
+    space: Annotated[
+        str, typer.Option(help="Measure on the original picture, or on the network's canvas.")
+    ] = "original",
+    priors: Annotated[bool, typer.Option("--priors", help="Add training-free priors on the same encoder.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory to keep it all, and to continue in.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads; default: the cores this process may use.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate SYSTEM on the episodes of a data set; the same command continues what was broken off in --out."""
+    from fssdeploy.data import open_dataset
+    from fssdeploy.evaluation.run import Run
+
+    engine = _runtime(runtime, artifact)
+    if space not in SPACES:
+        raise InputError("usage", f"there is no space '{space}'", "", f"Choose {' or '.join(SPACES)}.")
+    for_torch = {"--preset": preset, "--weights": weights, "--image-size": image_size, "--variant": variant}
+    given = [name for name, value in {**for_torch, "--set": options, "--untrained": untrained}.items() if value]
+    if artifact and given:
+        raise InputError("usage", f"{given[0]} cannot be used with --artifact", "the artifact holds its own network")
+    opened = open_dataset(dataset, data_dir)
+    lists = (
+        [_given_list(list_file, opened, fold, shot, episodes, seed)]
+        if list_file
+        else _drawn_lists(opened, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
+    )
+    with progress_lines(as_json) as progress:
+        progress("loading")
+        if artifact:
+            subject = _from_artifact(system, artifact, engine, threads)
+        else:
+            subject = _from_checkpoints(
+                system, preset or "tiny", weights or [], untrained, threads, image_size, variant, options or []
+            )
+        run = Run(subject, opened, lists, on_canvas=space == "canvas", priors=priors, out=out, progress=progress)
+        report = run.perform()
+    emit(report, as_json)
+
+
+def _runtime(asked: str | None, artifact: Path | None) -> str:
+    name = asked or ("onnx" if artifact else "torch")
+    if name not in RUNTIMES:
+        raise InputError("runtime_unknown", f"there is no runtime '{name}'", "", "Choose torch, onnx or openvino.")
+    if (name == "torch") == bool(artifact):
+        fix = "Leave out --artifact, or choose onnx or openvino." if artifact else "Pass --artifact DIR."
+        raise InputError("usage", f"runtime {name} {'takes no' if artifact else 'needs an'} --artifact", "", fix)
+    return RUNTIMES[name]
+
+
+def _drawn_lists(dataset: Dataset, fold: str, shot: int, episodes: int | None, seed: int) -> list[EpisodeList]:
+    from fssdeploy.data.episodes import EpisodeList
+
+    if fold != "all" and not fold.isdecimal():
+        raise InputError("fold_unknown", f"there is no fold '{fold}'", "", "Give a number or all.")
+    if episodes is not None and episodes < 1:
+        raise InputError("usage", f"{episodes} episodes were asked for", "", "Give at least 1.")
+    if seed < 0:
+        raise InputError("usage", f"seed {seed} was given", "", "Give a whole number from 0.")
+    folds = range(dataset.folds) if fold == "all" else [int(fold)]
+    for each in folds:
+        dataset.check_fold(each)
+    return [
+        EpisodeList(dataset.name, each, shot, seed, tuple(dataset.test_list(each, shot, episodes, seed)))
+        for each in folds
+    ]
+
+
+def _given_list(
+    path: Path, dataset: Dataset, fold: str | None, shot: int | None, episodes: int | None, seed: int | None
+) -> EpisodeList:
+    """The list of a file. InputError if it is of another data set, or options ask for something else than it holds."""
+    from fssdeploy.data.episodes import EpisodeList
+
+    found = EpisodeList.load(path)
+    said: dict[str, tuple[object, object]] = {
+        "data set": (found.dataset, dataset.name),
+        "fold": (str(found.fold), fold),
+        "shots": (found.shot, shot),
+        "episodes": (len(found), episodes),
+        "seed": (found.seed, seed),
+    }
+    for what, (there, asked) in said.items():
+        if asked is not None and asked != there:
+            raise InputError(
+                "list_differs", f"'{path}' does not fit", f"its {what} is {there}, and {asked} was asked for"
+            )
+    dataset.check_fold(found.fold)
+    unknown = {each.class_index for each in found.episodes} - set(dataset.classes(found.fold, "test"))
+    if unknown:
+        raise InputError("list_differs", f"'{path}' does not fit", f"class {min(unknown)} is not tested in its fold")
+    return found
+
+
+def _from_artifact(system: str, path: Path, runtime: str, threads: int | None) -> Subject:
+    from fssdeploy.artifact import Artifact, load
+    from fssdeploy.evaluation.evaluate import Canvas
+    from fssdeploy.evaluation.run import Subject
+
+    opened = Artifact.open(path)
+    found = opened.manifest["system"]
+    if found != system:
+        raise InputError("artifact_system", f"'{path}' is no '{system}'", f"it is '{found}'", "Name it as the SYSTEM.")
+    where = opened.manifest["preprocessing"]
+    return Subject(
+        system,
+        opened.name,
+        load(path, runtime, threads=threads),
+        opened.manifest["digest"],  # covers every file, that of the segmenter too
+        Canvas(where["canvas"], where["geometry"]),
+        opened.weights_note,
+    )
+
+
+def _from_checkpoints(
+    system: str,
+    preset: str,
+    weights: list[Path],
+    untrained: bool,
+    threads: int | None,
+    image_size: int | None,
+    variant: str | None,
+    options: list[str],
+) -> Subject:
+    require_export_extra()
+    import torch
+
+    from fssdeploy.engines import MAX_THREADS, available_cores
+    from fssdeploy.engines.torch import TorchEngine
+    from fssdeploy.evaluation.evaluate import Canvas
+    from fssdeploy.evaluation.run import Subject
+    from fssdeploy.pipeline import StagedSystem
+    from fssdeploy.systems import get_system
+    from fssdeploy.weights import fill
+    from fssdeploy.weights.provenance import fingerprint
+
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError("threads", f"{threads} threads cannot be used", "", f"Give 1 to {MAX_THREADS}.")
+    module = get_system(system)
+    config = configure(system, preset, image_size=image_size, variant=variant, options=options)
+    torch.set_num_threads(threads or available_cores())
+    model = module.build(config)
+    # As in fssdeploy export.
+    seeded = untrained or (preset == "tiny" and not weights)
+    provenance = fill(system, model, weights, UNTRAINED_SEED if seeded else None)
+    where, specs = module.preprocessing(config), module.specs(config)
+    everything = fingerprint(model, config.to_dict(), ("",))
+    staged = StagedSystem(
+        f"{system}-{preset}", specs, TorchEngine(module.reference_stages(model), specs), where, everything
+    )
+    missing = f"{', '.join(provenance.untrained_groups)}; seed {provenance.seed}"
+    note = "" if provenance.status == "trained" else f"UNTRAINED weights ({missing}): the numbers mean nothing."
+    return Subject(system, staged.name, staged, everything, Canvas(where["canvas"], where["geometry"]), note)

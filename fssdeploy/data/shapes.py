@@ -1,0 +1,318 @@
+"""shapes-5i: a procedural few-shot benchmark that needs no download.
+
+Twenty classes, each a silhouette with a texture: five shapes by four textures, so that a class is told by neither alone.
+Fold f tests the five classes on the f-th diagonal of that table: every fold holds every shape. Colours are drawn anew
+for every picture and mean nothing. A picture holds its target, an object with exactly the target's two colours, one with
+its texture and up to two more, over a textured background of the same palette with small clutter; objects differ in
+size and rotation, hide each other (at least 60 % of each stays visible), and lie under a lighting gradient and noise.
+
+Training pictures of a fold hold base classes only. Picture i of a split is a function of (seed, split, fold, i) alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from fssdeploy.data.dataset import Dataset, Finding, Listing, Split, blocks
+from fssdeploy.data.episodes import Episode, draw_episode
+from fssdeploy.errors import InputError
+
+SIDE = 256
+SHAPES = ("disc", "ring", "triangle", "cross", "bar")
+TEXTURES = ("striped", "checked", "dotted", "speckled")
+FOLDS = 4
+PICTURES = {"train": 12_000, "test": 1_000}
+
+# Share of an object that others may hide, and the least that an object shows of the whole picture.
+MOST_HIDDEN = 0.4
+LEAST_AREA, MOST_AREA = 0.03, 0.35
+_ITEM = re.compile(r"(train|test)-seed(\d+)-fold([0-3])-(\d+)")
+
+
+def class_of(shape: int, texture: int) -> int:
+    """Class index of a shape with a texture; blocks of five are the diagonals of the table."""
+    return (texture - shape) % len(TEXTURES) * len(SHAPES) + shape
+
+
+def parts_of(class_index: int) -> tuple[int, int]:
+    """Shape and texture of a class."""
+    diagonal, shape = divmod(class_index, len(SHAPES))
+    return shape, (shape + diagonal) % len(TEXTURES)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A rendered picture (S, S, 3) uint8 and which object is seen where, (S, S) uint8: 0 none, j the j-th of classes."""
+
+    picture: np.ndarray
+    objects: np.ndarray
+    classes: tuple[int, ...]
+
+    def mask(self, class_index: int) -> np.ndarray:
+        """Where objects of a class are seen, uint8 (S, S), 0 and 1."""
+        wanted = [number for number, each in enumerate(self.classes, 1) if each == class_index]
+        return np.isin(self.objects, wanted).astype(np.uint8)
+
+
+class ShapesDataset(Dataset):
+    name = "shapes-5i"
+    folds = FOLDS
+    class_names = tuple(f"{TEXTURES[texture]} {SHAPES[shape]}" for shape, texture in map(parts_of, range(20)))
+
+    def classes(self, fold: int, split: Split) -> Sequence[int]:
+        self.check_fold(fold)
+        return blocks(len(self.class_names), FOLDS, fold, split)
+
+    def listing(self, fold: int, split: Split, seed: int = 0) -> Listing:
+        """Items by their target; what else a picture shows does not list it elsewhere."""
+        classes, count = self.classes(fold, split), PICTURES[split]
+        return {
+            each: [f"{split}-seed{seed}-fold{fold}-{i}" for i in range(rank, count, len(classes))]
+            for rank, each in enumerate(classes)
+        }
+
+    def episode(self, fold: int, split: Split, shot: int, seed: int, index: int) -> Episode:
+        """As for any data set, except that another seed means other pictures, too."""
+        listing = _listing(self, fold, split, seed)
+        return draw_episode(listing, self.uniform_over, shot, (seed, index), self.class_names)
+
+    def scene(self, item: str) -> Scene:
+        """The picture with what is known about it. InputError for a name that is none."""
+        found = _ITEM.fullmatch(item)
+        if not found:
+            raise InputError("item_unknown", f"shapes-5i has no picture '{item}'", "", "Names: test-seed0-fold0-17.")
+        split, seed, fold, index = found.groups()
+        return _render(split, int(seed), int(fold), int(index))
+
+    def picture(self, item: str) -> np.ndarray:
+        return self.scene(item).picture
+
+    def mask(self, item: str, class_index: int) -> np.ndarray:
+        return self.scene(item).mask(class_index)
+
+    def check(self) -> list[Finding]:
+        return [Finding("pictures", "ok", "made as they are asked for; nothing is stored")]
+
+
+def open_dataset(root: Path | None) -> ShapesDataset:
+    """shapes-5i; it has no directory, `root` is not looked at."""
+    return ShapesDataset()
+
+
+@lru_cache(maxsize=8)
+def _listing(dataset: ShapesDataset, fold: int, split: Split, seed: int) -> Listing:
+    return dataset.listing(fold, split, seed)
+
+
+@lru_cache(maxsize=64)
+def _render(split: str, seed: int, fold: int, index: int) -> Scene:
+    """Draw one picture; see the module for what it holds."""
+    rng = np.random.default_rng([seed, split == "test", fold, index])
+    targets = blocks(20, FOLDS, fold, "test" if split == "test" else "train")
+    others = range(20) if split == "test" else targets
+    target = targets[index % len(targets)]
+    palette = _palette(rng)
+    canvas = _background(rng, palette)
+    objects = np.zeros((SIDE, SIDE), np.uint8)
+    classes: list[int] = []
+    areas: list[int] = []
+
+    def add(chosen: int, colours: np.ndarray, share: float) -> bool:
+        """Draw an object where it hides none too much; False if no place was found."""
+        nonlocal canvas
+        shape, texture = parts_of(chosen)
+        for _ in range(12):
+            silhouette = _Silhouette.draw(rng, shape, share)
+            covered = np.bincount(objects[silhouette.window][silhouette.inside], minlength=len(areas) + 1)[1:]
+            seen = np.bincount(objects.ravel(), minlength=len(areas) + 1)[1:] - covered
+            least = np.maximum((1 - MOST_HIDDEN) * np.array(areas), LEAST_AREA * SIDE * SIDE)
+            if (seen >= least).all() and silhouette.inside.sum() >= LEAST_AREA * SIDE * SIDE:
+                break
+        else:
+            return False
+        paint = _texture(rng, texture, silhouette, colours)
+        alpha = silhouette.alpha[..., None]
+        canvas[silhouette.window] = canvas[silhouette.window] * (1 - alpha) + paint * alpha
+        classes.append(chosen)
+        areas.append(int(silhouette.inside.sum()))
+        objects[silhouette.window][silhouette.inside] = len(classes)
+        return True
+
+    # The target is drawn first or somewhere among the others; being on top tells nothing.
+    share = float(np.exp(rng.uniform(np.log(0.045), np.log(0.25))))
+    colours = _two(rng, palette)
+    shape, texture = parts_of(target)
+    same_texture = [each for each in others if parts_of(each)[1] == texture and each != target]
+    anything = [each for each in others if each != target]
+    same_shape = [each for each in anything if parts_of(each)[0] == shape]
+    plan = [
+        (target, colours, share),
+        # Usually larger than the target: nor does "the largest" tell it.
+        (_pick(rng, [*anything, *same_shape * 3]), colours, min(0.3, share * rng.uniform(1.0, 1.6))),
+        (_pick(rng, same_texture), _two(rng, palette), float(np.exp(rng.uniform(np.log(0.045), np.log(0.2))))),
+    ]
+    for _ in range(rng.integers(0, 3)):
+        plan.append((_pick(rng, anything), _two(rng, palette), float(np.exp(rng.uniform(np.log(0.035), np.log(0.15))))))
+    order = rng.permutation(len(plan))
+    for position in order:
+        add(*plan[position])
+    if target not in classes:  # the others left no room: the target goes on top of a fresh picture with fewer of them
+        canvas, classes, areas = _background(rng, palette), [], []
+        objects[:] = 0
+        add(*plan[0])
+        add(plan[1][0], plan[1][1], 0.05)
+    picture = _light(rng, canvas)
+    return Scene(picture, objects, tuple(classes))
+
+
+@dataclass(frozen=True)
+class _Silhouette:
+    """An object's outline: where on the canvas, its own coordinates in pixels, and how much of each pixel it covers."""
+
+    window: tuple[slice, slice]
+    u: np.ndarray
+    v: np.ndarray
+    radius: float
+    alpha: np.ndarray
+
+    @property
+    def inside(self) -> np.ndarray:
+        inside: np.ndarray = self.alpha > 0.5
+        return inside
+
+    @staticmethod
+    def draw(rng: np.random.Generator, shape: int, share: float) -> _Silhouette:
+        """A shape that fills `share` of the picture before anything is cut off, at a random place and rotation."""
+        unit, reach = _UNIT[shape]
+        radius = float(np.sqrt(share * SIDE * SIDE / unit))
+        margin = 0.6 * radius
+        x, y = rng.uniform(margin, SIDE - margin, 2)
+        angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
+        extent = radius * reach * 1.2 + 2
+        left, right = max(0, int(x - extent)), min(SIDE, int(x + extent) + 1)
+        top, bottom = max(0, int(y - extent)), min(SIDE, int(y + extent) + 1)
+        columns = np.arange(left, right, dtype=np.float32) + 0.5 - x
+        rows = (np.arange(top, bottom, dtype=np.float32) + 0.5 - y)[:, None]
+        cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+        u = (cosine * columns + sine * rows) * np.float32(squeeze)
+        v = (cosine * rows - sine * columns) / np.float32(squeeze)
+        distance = _OUTLINES[shape](u / np.float32(radius), v / np.float32(radius)) * radius
+        return _Silhouette((slice(top, bottom), slice(left, right)), u, v, radius, np.clip(0.5 - distance, 0, 1))
+
+
+def _disc(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.hypot(u, v) - 1
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(u, v) - 0.75) - 0.25
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    half = np.float32(np.sqrt(3) / 2)
+    return np.maximum(v, np.maximum(half * u, -half * u) - 0.5 * v) - 0.5
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(u - 1, v - 0.3), np.maximum(v - 1, u - 0.3))
+
+
+def _bar(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(u) - 1, np.abs(v) - 0.28)
+
+
+# By shape: distance to the outline in units of the radius (negative inside); its area and farthest point for radius 1.
+_OUTLINES = (_disc, _ring, _triangle, _cross, _bar)
+_UNIT = ((np.pi, 1.0), (np.pi * 0.75, 1.0), (1.299, 1.0), (2.04, 1.05), (1.12, 1.04))
+
+
+def _texture(rng: np.random.Generator, texture: int, silhouette: _Silhouette, colours: np.ndarray) -> np.ndarray:
+    """The object's paint, float32 (h, w, 3)."""
+    period = float(np.clip(0.2 * silhouette.radius, 6, 10) * rng.uniform(0.85, 1.2))
+    ink = _pattern(rng, texture, silhouette.u, silhouette.v, period)
+    shade = 1 + rng.uniform(-0.2, 0.2) * silhouette.u / (2 * silhouette.radius)
+    paint: np.ndarray = (colours[0] * (1 - ink[..., None]) + colours[1] * ink[..., None]) * shade[..., None]
+    return paint
+
+
+def _pattern(rng: np.random.Generator, texture: int, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
+    """How much ink lies on every point, 0..1, for coordinates and a period in pixels."""
+    u, v = u + np.float32(rng.uniform(0, period)), v + np.float32(rng.uniform(0, period))
+    wave = np.float32(2 * np.pi / period)
+    if texture == 0:  # stripes
+        value = np.sin(wave * u)
+    elif texture == 1:  # checks
+        value = np.sin(wave / 1.3 * u) * np.sin(wave / 1.3 * v) * 2
+    elif texture == 2:  # dots
+        value = (np.cos(wave * u) + np.cos(wave * v) - 0.7) * 1.2
+    else:  # speckles: waves in all directions make irregular blobs
+        value = np.zeros(np.broadcast(u, v).shape, np.float32)
+        for angle in rng.uniform(0, np.pi, 7):
+            along = np.float32(np.cos(angle)) * u + np.float32(np.sin(angle)) * v
+            value += np.sin(wave * np.float32(rng.uniform(0.5, 1.0)) * along + np.float32(rng.uniform(0, 2 * np.pi)))
+    ink: np.ndarray = np.clip(0.5 + value * np.float32(period / 6), 0, 1)
+    return ink
+
+
+def _palette(rng: np.random.Generator) -> np.ndarray:
+    """Six colours, float32 (6, 3) in 0..255, no two alike."""
+    colours: list[np.ndarray] = []
+    while len(colours) < 6:
+        colour = rng.uniform(20, 235, 3)
+        if all(np.abs(colour - other).sum() > 150 for other in colours):
+            colours.append(colour)
+    return np.array(colours, np.float32)
+
+
+def _two(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
+    first, second = rng.choice(len(palette), 2, replace=False)
+    return palette[[first, second]]
+
+
+def _pick(rng: np.random.Generator, choices: Sequence[int]) -> int:
+    return int(choices[rng.integers(len(choices))])
+
+
+def _background(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
+    """Two textures of dull contrast that meet along a wavy line, strewn with small blots; float32 (S, S, 3)."""
+    x = np.arange(SIDE, dtype=np.float32)
+    rows = np.arange(SIDE, dtype=np.float32)[:, None]
+    bend = np.sin(x * np.float32(rng.uniform(0.01, 0.04)) + np.float32(rng.uniform(0, 6))) * np.float32(30)
+    border = np.float32(rng.uniform(0.2, 0.8) * SIDE) + bend
+    lowest, highest = int(max(0, border.min())), int(min(SIDE, border.max() + 1))
+    fields = []
+    for y in (rows[:highest], rows[lowest:]):  # each field only where it can be seen
+        angle = rng.uniform(0, np.pi)
+        u = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
+        v = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x
+        ink = _pattern(rng, int(rng.integers(len(TEXTURES))), u, v, float(rng.uniform(5, 30)))
+        first, second = _two(rng, palette)
+        second = first + (second - first) * np.float32(rng.uniform(0.15, 0.5))
+        fields.append(first + (second - first) * ink[..., None])
+    above, below = fields
+    canvas = np.concatenate([above, below[highest - lowest :]])
+    meeting = np.s_[lowest:highest]
+    canvas[meeting] = np.where((rows[meeting] < border)[..., None], above[meeting], below[: highest - lowest])
+    for _ in range(rng.integers(8, 20)):
+        half_height, half_width = rng.integers(2, 12, 2)
+        row, column = rng.integers(0, SIDE, 2)
+        window = np.s_[max(0, row - half_height) : row + half_height, max(0, column - half_width) : column + half_width]
+        canvas[window] = palette[rng.integers(len(palette))] * np.float32(rng.uniform(0.7, 1.2))
+    return canvas
+
+
+def _light(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """A gradient of light over everything, then noise."""
+    ramp = np.linspace(-1, 1, SIDE, dtype=np.float32)
+    across, down = rng.uniform(-0.25, 0.25, 2).astype(np.float32)
+    light = np.float32(rng.uniform(0.75, 1.15)) * (1 + across * ramp[None] + down * ramp[:, None])
+    noise = rng.standard_normal((SIDE, SIDE), np.float32) * np.float32(rng.uniform(2, 8))
+    picture: np.ndarray = np.clip(canvas * light[..., None] + noise[..., None], 0, 255).astype(np.uint8)
+    return picture

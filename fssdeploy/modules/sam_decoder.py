@@ -1,13 +1,14 @@
 """SAM's mask decoder, mask down-scaling and Fourier position code, written to be exported.
 
-Source: Kirillov et al., "Segment Anything" (2023). Parameters carry the official names. One prompt set and one output
-mask (token 0) per picture: what FS-DINO supervises; the decoder's quality head and other mask tokens keep their weights
-but are not computed.
+Source: Kirillov et al., "Segment Anything" (2023). Parameters carry the official names. `MaskDecoder.forward` computes
+one mask (token 0) per prompt set and nothing else, which is all that FS-DINO supervises and exports;
+`MaskDecoder.predict` computes every mask and its predicted quality.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,12 @@ class FourierPosition(nn.Module):
         y = (torch.arange(rows, device=matrix.device, dtype=matrix.dtype) + 0.5) / rows
         x = (torch.arange(columns, device=matrix.device, dtype=matrix.dtype) + 0.5) / columns
         points = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
-        angles = 2 * math.pi * ((2 * points - 1) @ matrix)
-        return torch.cat([angles.sin(), angles.cos()], -1).unsqueeze(0)
+        return self.at(points).unsqueeze(0)
+
+    def at(self, points: torch.Tensor) -> torch.Tensor:
+        """Codes of points (..., 2), each (x, y) in the unit square: (..., dim)."""
+        angles = 2 * math.pi * ((2 * points - 1) @ self.positional_encoding_gaussian_matrix)
+        return torch.cat([angles.sin(), angles.cos()], -1)
 
 
 def mask_downscaling(dim: int) -> nn.Sequential:
@@ -72,13 +77,32 @@ class MaskDecoder(nn.Module):
 
         embedding and dense (B, dim, g, g); position (1, g*g, dim); sparse (B, prompts, dim).
         """
+        queries, upscaled = self._exchange(embedding, position, sparse, dense)
+        weights = self.output_hypernetworks_mlps[0](queries[:, 1])
+        return (weights.unsqueeze(1) @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+
+    def predict(
+        self, embedding: torch.Tensor, position: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, masks, 4g, 4g) of every mask token and predicted IoU (B, masks) of each with the truth.
+
+        Token 0 is for prompts that leave no doubt, the others for parts, wholes and what lies between.
+        The shapes of the arguments are those of `forward`.
+        """
+        queries, upscaled = self._exchange(embedding, position, sparse, dense)
+        weights = torch.stack([mlp(queries[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
+        logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return logits, self.iou_prediction_head(queries[:, 0])
+
+    def _exchange(
+        self, embedding: torch.Tensor, position: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, 1 + masks + prompts, dim) and up-scaled picture (B, dim/8, 4g, 4g) after the transformer."""
         batch, _, rows, columns = embedding.shape
         tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).unsqueeze(0).expand(batch, -1, -1)
         picture = (embedding + dense).flatten(2).transpose(1, 2)
         queries, picture = self.transformer(picture, position, torch.cat([tokens, sparse], 1))
-        upscaled = self.output_upscaling(picture.transpose(1, 2).unflatten(2, (rows, columns)))
-        weights = self.output_hypernetworks_mlps[0](queries[:, 1])
-        return (weights.unsqueeze(1) @ upscaled.flatten(2)).unflatten(2, (4 * rows, 4 * columns))
+        return queries, self.output_upscaling(picture.transpose(1, 2).unflatten(2, (rows, columns)))
 
 
 class TwoWayTransformer(nn.Module):
@@ -146,13 +170,16 @@ class Attention(nn.Module):
 
 
 class MlpBlock(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
+    """Two linear layers: with ReLU between them in the decoder, with GELU in the image encoder."""
+
+    def __init__(self, dim: int, hidden: int, activation: Callable[[torch.Tensor], torch.Tensor] = F.relu) -> None:
         super().__init__()
+        self.activation = activation
         self.lin1 = nn.Linear(dim, hidden)
         self.lin2 = nn.Linear(hidden, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lin2(F.relu(self.lin1(x)))
+        return self.lin2(self.activation(self.lin1(x)))
 
 
 class Perceptron(nn.Module):

@@ -1,4 +1,4 @@
-"""SAM checkpoints (``sam_vit_h_4b8939.pth`` and its siblings): the decoder side, which all sizes share."""
+"""SAM checkpoints: ``sam_vit_h_4b8939.pth`` and its siblings, or one of a smaller SAM under the same names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 
 from fssdeploy.errors import InputError
+from fssdeploy.modules.sam import PRESETS
 from fssdeploy.weights.checkpoint import Checkpoint
 
 PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
-_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+_WIDTHS = {config.dim: name for name, config in PRESETS.items()}
 
 
 def is_sam(names: Mapping[str, torch.Tensor]) -> bool:
@@ -34,6 +35,6 @@ def sam_part(checkpoint: Checkpoint, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def sam_size(checkpoint: Checkpoint) -> str:
-    """vit_b, vit_l or vit_h, from the width of the image encoder."""
+    """The preset of `fssdeploy.modules.sam`, from the width of the image encoder."""
     patches = checkpoint.tensors.get("image_encoder.patch_embed.proj.weight")
     return _WIDTHS.get(patches.shape[0], "of unknown size") if patches is not None else "of unknown size"

@@ -6,15 +6,19 @@ import typer
 
 from fssdeploy import __version__
 from fssdeploy.cli.bank import bank_app
+from fssdeploy.cli.batch import batch_app
 from fssdeploy.cli.bench import bench
 from fssdeploy.cli.common import write_out
 from fssdeploy.cli.data import data_app
 from fssdeploy.cli.demo import demo
+from fssdeploy.cli.distill import distill
 from fssdeploy.cli.doctor import doctor
 from fssdeploy.cli.enroll import enroll
 from fssdeploy.cli.evaluate import evaluate
 from fssdeploy.cli.export import export
+from fssdeploy.cli.pretrain import pretrain_app
 from fssdeploy.cli.segment import segment
+from fssdeploy.cli.train import train_system
 
 app = typer.Typer(
     name="fssdeploy",
@@ -23,10 +27,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, enroll, segment, evaluate, bench, doctor, demo):
+for verb in (export, enroll, segment, evaluate, distill, bench, doctor, demo):
     app.command()(verb)
+app.command(name="train")(train_system)
 app.add_typer(bank_app, name="bank")
+app.add_typer(batch_app, name="batch")
 app.add_typer(data_app, name="data")
+app.add_typer(pretrain_app, name="pretrain")
 
 
 def _print_version(wanted: bool) -> None:

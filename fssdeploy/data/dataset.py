@@ -32,6 +32,19 @@ class Finding:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class Regions:
+    """A picture with the classes that a split knows in it: what encoders are pre-trained on.
+
+    `picture` uint8 (H, W, 3); `classes` int64 (H, W), class index, -1 for none of them, -2 to be ignored; `objects`
+    bool (H, W) each, what a promptable network learns to cut out.
+    """
+
+    picture: np.ndarray
+    classes: np.ndarray
+    objects: Sequence[np.ndarray]
+
+
 class Dataset(ABC):
     """A data set on disk (or made up: shapes-5i). Opening one reads lists and annotations, not pictures.
 
@@ -81,6 +94,19 @@ class Dataset(ABC):
         if not np.isin(values, (0, 1, IGNORE)).all():
             raise InputError("mask_values", f"{what} holds {values.tolist()}", "a mask holds 0, 1 and 255 (ignored)")
         return picture, mask
+
+    def regions(self, item: str, classes: Sequence[int]) -> Regions:
+        """Some classes in one picture. Where two meet, the later one counts; their masks are the objects."""
+        picture = self.picture(item)
+        found = np.full(picture.shape[:2], -1, np.int64)
+        objects = []
+        for index in classes:
+            _, mask = self.load(item, index)
+            found[mask == IGNORE] = -2
+            found[mask == 1] = index
+            if (mask == 1).any():
+                objects.append(mask == 1)
+        return Regions(picture, found, objects)
 
     def episode(self, fold: int, split: Split, shot: int, seed: int, index: int) -> Episode:
         """Episode `index` of the stream of a seed; it depends on nothing else. InputError as `draw_episode`."""

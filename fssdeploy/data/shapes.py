@@ -1,16 +1,19 @@
 """shapes-5i: a procedural few-shot benchmark that needs no download.
 
-Twenty classes, each a silhouette with a texture: five shapes by four textures, so that a class is told by neither alone.
-Fold f tests the five classes on the f-th diagonal of that table: every fold holds every shape. Colours are drawn anew
-for every picture and mean nothing. A picture holds its target, an object with exactly the target's two colours, one with
-its texture and up to two more, over a textured background of the same palette with small clutter; objects differ in
-size and rotation, hide each other (at least 60 % of each stays visible), and lie under a lighting gradient and noise.
+Twenty classes, each a silhouette with a texture: five shapes by four textures, so that a class is told by neither
+alone. Fold f tests the five classes on the f-th diagonal of that table: every fold holds every shape. Colours are drawn
+anew for every picture and mean nothing. A picture holds its target, an object with exactly the target's two colours,
+one with its texture and sometimes a fourth, over a textured background of the same palette with small clutter; objects
+differ in size and rotation, hide each other (at least 60 % of each stays visible), and lie under a gradient of light
+and noise.
 
 Training pictures of a fold hold base classes only. Picture i of a split is a function of (seed, split, fold, i) alone.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +22,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fssdeploy.data.dataset import Dataset, Finding, Listing, Split, blocks
+from fssdeploy.data.dataset import Dataset, Finding, Listing, Regions, Split, blocks
 from fssdeploy.data.episodes import Episode, draw_episode
 from fssdeploy.errors import InputError
+from fssdeploy.files import made_folder, write_atomic
 
+# Raise it when a picture comes out differently: caches and recorded figures belong to one version.
+VERSION = 1
 SIDE = 256
 SHAPES = ("disc", "ring", "triangle", "cross", "bar")
-TEXTURES = ("striped", "checked", "dotted", "speckled")
+TEXTURES = ("plain", "striped", "checked", "dotted")
 FOLDS = 4
 PICTURES = {"train": 12_000, "test": 1_000}
 
 # Share of an object that others may hide, and the least that an object shows of the whole picture.
 MOST_HIDDEN = 0.4
-LEAST_AREA, MOST_AREA = 0.03, 0.35
+LEAST_AREA = 0.03
 _ITEM = re.compile(r"(train|test)-seed(\d+)-fold([0-3])-(\d+)")
 
 
@@ -48,22 +54,28 @@ def parts_of(class_index: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Scene:
-    """A rendered picture (S, S, 3) uint8 and which object is seen where, (S, S) uint8: 0 none, j the j-th of classes."""
+    """A rendered picture, uint8 (S, S, 3), and the object seen at every pixel, uint8 (S, S).
+
+    Object values are 0 where there is none, else 1 + 8 * class + number of the object in the picture.
+    """
 
     picture: np.ndarray
     objects: np.ndarray
-    classes: tuple[int, ...]
 
-    def mask(self, class_index: int) -> np.ndarray:
-        """Where objects of a class are seen, uint8 (S, S), 0 and 1."""
-        wanted = [number for number, each in enumerate(self.classes, 1) if each == class_index]
-        return np.isin(self.objects, wanted).astype(np.uint8)
+    def classes(self) -> np.ndarray:
+        """Class index at every pixel, int64 (S, S); -1 where there is no object."""
+        return np.where(self.objects > 0, (self.objects.astype(np.int64) - 1) // 8, -1)
 
 
 class ShapesDataset(Dataset):
+    """With a `cache` directory, every picture is rendered once and kept there (262 kB each)."""
+
     name = "shapes-5i"
     folds = FOLDS
     class_names = tuple(f"{TEXTURES[texture]} {SHAPES[shape]}" for shape, texture in map(parts_of, range(20)))
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self.cache = cache
 
     def classes(self, fold: int, split: Split) -> Sequence[int]:
         self.check_fold(fold)
@@ -88,21 +100,43 @@ class ShapesDataset(Dataset):
         if not found:
             raise InputError("item_unknown", f"shapes-5i has no picture '{item}'", "", "Names: test-seed0-fold0-17.")
         split, seed, fold, index = found.groups()
-        return _render(split, int(seed), int(fold), int(index))
+        if self.cache is None:
+            return _render(split, int(seed), int(fold), int(index))
+        # Another version of the drawing code must not find the pictures of this one.
+        file = self.cache / f"v{VERSION}" / f"{item}.npy"
+        if not file.exists():
+            scene = _render(split, int(seed), int(fold), int(index))
+            stored = io.BytesIO()
+            np.save(stored, np.concatenate([scene.picture, scene.objects[..., None]], 2))
+            with made_folder(file.parent):
+                write_atomic(file, stored.getvalue())
+            return scene
+        try:
+            layers = np.load(file)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError("picture_unreadable", f"'{file}' is damaged", str(error), "Delete it.") from error
+        return Scene(layers[..., :3], layers[..., 3])
 
     def picture(self, item: str) -> np.ndarray:
         return self.scene(item).picture
 
     def mask(self, item: str, class_index: int) -> np.ndarray:
-        return self.scene(item).mask(class_index)
+        return (self.scene(item).classes() == class_index).astype(np.uint8)
+
+    def regions(self, item: str, classes: Sequence[int]) -> Regions:
+        """All objects of the picture, listed or not: those of a training picture are of base classes."""
+        scene = self.scene(item)
+        present = np.flatnonzero(np.bincount(scene.objects.ravel(), minlength=2)[1:]) + 1
+        objects = [scene.objects == value for value in present]
+        return Regions(scene.picture, scene.classes(), objects)
 
     def check(self) -> list[Finding]:
         return [Finding("pictures", "ok", "made as they are asked for; nothing is stored")]
 
 
 def open_dataset(root: Path | None) -> ShapesDataset:
-    """shapes-5i; it has no directory, `root` is not looked at."""
-    return ShapesDataset()
+    """shapes-5i; in `root`, if given, rendered pictures are kept."""
+    return ShapesDataset(root)
 
 
 @lru_cache(maxsize=8)
@@ -118,20 +152,19 @@ def _render(split: str, seed: int, fold: int, index: int) -> Scene:
     others = range(20) if split == "test" else targets
     target = targets[index % len(targets)]
     palette = _palette(rng)
-    canvas = _background(rng, palette)
-    objects = np.zeros((SIDE, SIDE), np.uint8)
+    canvas = numbers = np.empty(0)
     classes: list[int] = []
     areas: list[int] = []
 
     def add(chosen: int, colours: np.ndarray, share: float) -> bool:
         """Draw an object where it hides none too much; False if no place was found."""
-        nonlocal canvas
         shape, texture = parts_of(chosen)
-        for _ in range(12):
+        hidden = MOST_HIDDEN if rng.random() < 0.3 else 0.08
+        for _ in range(20):
             silhouette = _Silhouette.draw(rng, shape, share)
-            covered = np.bincount(objects[silhouette.window][silhouette.inside], minlength=len(areas) + 1)[1:]
-            seen = np.bincount(objects.ravel(), minlength=len(areas) + 1)[1:] - covered
-            least = np.maximum((1 - MOST_HIDDEN) * np.array(areas), LEAST_AREA * SIDE * SIDE)
+            covered = np.bincount(numbers[silhouette.window][silhouette.inside], minlength=len(areas) + 1)[1:]
+            seen = np.bincount(numbers.ravel(), minlength=len(areas) + 1)[1:] - covered
+            least = np.maximum((1 - hidden) * np.array(areas), LEAST_AREA * SIDE * SIDE)
             if (seen >= least).all() and silhouette.inside.sum() >= LEAST_AREA * SIDE * SIDE:
                 break
         else:
@@ -141,11 +174,10 @@ def _render(split: str, seed: int, fold: int, index: int) -> Scene:
         canvas[silhouette.window] = canvas[silhouette.window] * (1 - alpha) + paint * alpha
         classes.append(chosen)
         areas.append(int(silhouette.inside.sum()))
-        objects[silhouette.window][silhouette.inside] = len(classes)
+        numbers[silhouette.window][silhouette.inside] = len(classes)
         return True
 
-    # The target is drawn first or somewhere among the others; being on top tells nothing.
-    share = float(np.exp(rng.uniform(np.log(0.045), np.log(0.25))))
+    share = _log_uniform(rng, 0.04, 0.17)
     colours = _two(rng, palette)
     shape, texture = parts_of(target)
     same_texture = [each for each in others if parts_of(each)[1] == texture and each != target]
@@ -154,21 +186,21 @@ def _render(split: str, seed: int, fold: int, index: int) -> Scene:
     plan = [
         (target, colours, share),
         # Usually larger than the target: nor does "the largest" tell it.
-        (_pick(rng, [*anything, *same_shape * 3]), colours, min(0.3, share * rng.uniform(1.0, 1.6))),
-        (_pick(rng, same_texture), _two(rng, palette), float(np.exp(rng.uniform(np.log(0.045), np.log(0.2))))),
+        (_pick(rng, [*anything, *same_shape * 3]), colours, min(0.25, share * rng.uniform(1.0, 1.8))),
+        (_pick(rng, same_texture), _two(rng, palette), _log_uniform(rng, 0.04, 0.17)),
     ]
-    for _ in range(rng.integers(0, 3)):
-        plan.append((_pick(rng, anything), _two(rng, palette), float(np.exp(rng.uniform(np.log(0.035), np.log(0.15))))))
-    order = rng.permutation(len(plan))
-    for position in order:
-        add(*plan[position])
-    if target not in classes:  # the others left no room: the target goes on top of a fresh picture with fewer of them
+    for _ in range(rng.integers(0, 2)):
+        plan.append((_pick(rng, anything), _two(rng, palette), _log_uniform(rng, 0.035, 0.12)))
+    for attempt in itertools.count():  # smaller objects are tried until all that matter fit
         canvas, classes, areas = _background(rng, palette), [], []
-        objects[:] = 0
-        add(*plan[0])
-        add(plan[1][0], plan[1][1], 0.05)
-    picture = _light(rng, canvas)
-    return Scene(picture, objects, tuple(classes))
+        numbers = np.zeros((SIDE, SIDE), np.uint8)
+        for position in rng.permutation(len(plan)):  # being on top tells nothing
+            chosen, colours, share = plan[position]
+            add(chosen, colours, max(1.2 * LEAST_AREA, share * 0.9**attempt))
+        if target in classes and len(classes) >= 3:
+            break
+    codes = np.array([0, *(1 + 8 * each + number for number, each in enumerate(classes))], np.uint8)
+    return Scene(_light(rng, canvas), codes[numbers])
 
 
 @dataclass(frozen=True)
@@ -191,7 +223,7 @@ class _Silhouette:
         """A shape that fills `share` of the picture before anything is cut off, at a random place and rotation."""
         unit, reach = _UNIT[shape]
         radius = float(np.sqrt(share * SIDE * SIDE / unit))
-        margin = 0.6 * radius
+        margin = 0.85 * radius
         x, y = rng.uniform(margin, SIDE - margin, 2)
         angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
         extent = radius * reach * 1.2 + 2
@@ -246,17 +278,14 @@ def _pattern(rng: np.random.Generator, texture: int, u: np.ndarray, v: np.ndarra
     """How much ink lies on every point, 0..1, for coordinates and a period in pixels."""
     u, v = u + np.float32(rng.uniform(0, period)), v + np.float32(rng.uniform(0, period))
     wave = np.float32(2 * np.pi / period)
-    if texture == 0:  # stripes
+    if texture == 0:  # plain
+        return np.zeros(np.broadcast(u, v).shape, np.float32)
+    if texture == 1:  # stripes
         value = np.sin(wave * u)
-    elif texture == 1:  # checks
-        value = np.sin(wave / 1.3 * u) * np.sin(wave / 1.3 * v) * 2
-    elif texture == 2:  # dots
-        value = (np.cos(wave * u) + np.cos(wave * v) - 0.7) * 1.2
-    else:  # speckles: waves in all directions make irregular blobs
-        value = np.zeros(np.broadcast(u, v).shape, np.float32)
-        for angle in rng.uniform(0, np.pi, 7):
-            along = np.float32(np.cos(angle)) * u + np.float32(np.sin(angle)) * v
-            value += np.sin(wave * np.float32(rng.uniform(0.5, 1.0)) * along + np.float32(rng.uniform(0, 2 * np.pi)))
+    elif texture == 2:  # checks
+        value = np.sin(wave / 2 * u) * np.sin(wave / 2 * v) * 2
+    else:  # dots
+        value = (np.cos(wave * u) + np.cos(wave * v) - 1) * 1.2
     ink: np.ndarray = np.clip(0.5 + value * np.float32(period / 6), 0, 1)
     return ink
 
@@ -274,6 +303,10 @@ def _palette(rng: np.random.Generator) -> np.ndarray:
 def _two(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
     first, second = rng.choice(len(palette), 2, replace=False)
     return palette[[first, second]]
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[int]) -> int:
@@ -294,7 +327,7 @@ def _background(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
         v = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x
         ink = _pattern(rng, int(rng.integers(len(TEXTURES))), u, v, float(rng.uniform(5, 30)))
         first, second = _two(rng, palette)
-        second = first + (second - first) * np.float32(rng.uniform(0.15, 0.5))
+        second = first + (second - first) * np.float32(rng.uniform(0.1, 0.4))
         fields.append(first + (second - first) * ink[..., None])
     above, below = fields
     canvas = np.concatenate([above, below[highest - lowest :]])

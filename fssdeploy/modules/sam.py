@@ -49,7 +49,7 @@ class SamConfig:
 
 PRESETS = {
     # Decoder, mask down-scaling and position code are those of FS-DINO's tiny preset.
-    "tiny": SamConfig(128, 4, 4, image_size=256, window=0, out=96, decoder_heads=4, decoder_mlp=384, iou_hidden=96),
+    "tiny": SamConfig(128, 4, 4, image_size=208, window=0, out=96, decoder_heads=4, decoder_mlp=384, iou_hidden=96),
     "vit_b": SamConfig(768, 12, 12, (2, 5, 8, 11)),
     "vit_l": SamConfig(1024, 24, 16, (5, 11, 17, 23)),
     "vit_h": SamConfig(1280, 32, 16, (7, 15, 23, 31)),

@@ -117,8 +117,8 @@ class FSDinoConfig:
 
 PRESETS = {
     "tiny": FSDinoConfig(
-        encoder=ViTConfig(160, 6, 5, table=17),
-        image_size=238,
+        encoder=ViTConfig(128, 6, 4, table=13),
+        image_size=182,
         adapter_middle=96,
         adapter_bottleneck=64,
         adapter_ffn=256,

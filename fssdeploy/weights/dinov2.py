@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from fssdeploy.errors import InputError
+from fssdeploy.files import write_atomic
 from fssdeploy.modules.dinov2 import RELEASED, DinoVisionTransformer
 from fssdeploy.weights.checkpoint import Checkpoint, load_strict
 
@@ -66,3 +69,9 @@ def load_dinov2(encoder: DinoVisionTransformer, checkpoint: Checkpoint) -> None:
             "Choose the preset that fits, or the file that fits.",
         )
     load_strict(encoder, tensors, "this DINOv2 encoder", checkpoint.file)
+
+
+def save_dinov2(encoder: DinoVisionTransformer, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write the encoder as safetensors under the official names; atomic. MachineError if it cannot be written."""
+    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    write_atomic(path, safetensors.torch.save(tensors, metadata))

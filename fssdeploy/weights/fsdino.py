@@ -21,11 +21,14 @@ from fssdeploy.weights.sam import is_sam, sam_part, sam_size
 _CONFIG = "fsdino_config"
 
 
-def fill(model: FSDino, files: Sequence[str | Path], untrained_seed: int | None) -> Provenance:
+def fill(
+    model: FSDino, files: Sequence[str | Path], untrained_seed: int | None, to_train: Sequence[str] = ()
+) -> Provenance:
     """Load `files` (FS-DINO, DINOv2 or SAM checkpoints, recognised by their names) into the network.
 
     Groups that no file covers are filled from `untrained_seed`; without a seed they are an InputError that says where
     weights come from. Every file is loaded strictly: no name may be missing or left over, no shape may differ.
+    `to_train` names groups that may stay as the network was built: a training run starts them from scratch.
     """
     if untrained_seed is not None:
         initialise_untrained(model, untrained_seed)
@@ -37,7 +40,7 @@ def fill(model: FSDino, files: Sequence[str | Path], untrained_seed: int | None)
         open_groups = [group for group in open_groups if group not in groups]
         source = {"family": family, "file": checkpoint.file.name, "sha256": checkpoint.sha256, "groups": groups}
         sources.append(source)
-    if open_groups and untrained_seed is None:
+    if set(open_groups) - set(to_train) and untrained_seed is None:
         given = f"the files given lack {', '.join(open_groups)}" if files else "no file was given"
         raise InputError(
             "weights_missing",
@@ -56,6 +59,12 @@ def save_checkpoint(model: FSDino, path: str | Path, metadata: dict[str, str]) -
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps(model.config.to_dict(), sort_keys=True)
     write_atomic(path, safetensors.torch.save(tensors, {**metadata, _CONFIG: config}))
+
+
+def save_group(model: FSDino, group: str, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write the parameters of one group (encoder, adapter, ...) under its own prefix; atomic."""
+    tensors = {f"{group}.{name}": tensor.contiguous() for name, tensor in getattr(model, group).state_dict().items()}
+    write_atomic(path, safetensors.torch.save(tensors, metadata))
 
 
 def _load(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:

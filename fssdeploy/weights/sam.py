@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from fssdeploy.errors import InputError
-from fssdeploy.modules.sam import PRESETS
-from fssdeploy.weights.checkpoint import Checkpoint
+from fssdeploy.files import write_atomic
+from fssdeploy.modules.sam import PRESETS, Sam
+from fssdeploy.weights.checkpoint import Checkpoint, load_strict
 
 PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
 _WIDTHS = {config.dim: name for name, config in PRESETS.items()}
@@ -38,3 +41,14 @@ def sam_size(checkpoint: Checkpoint) -> str:
     """The preset of `fssdeploy.modules.sam`, from the width of the image encoder."""
     patches = checkpoint.tensors.get("image_encoder.patch_embed.proj.weight")
     return _WIDTHS.get(patches.shape[0], "of unknown size") if patches is not None else "of unknown size"
+
+
+def load_sam(sam: Sam, checkpoint: Checkpoint) -> None:
+    """Fill the whole network, every name and shape equal. InputError says what differs."""
+    load_strict(sam, checkpoint.tensors, "this SAM", checkpoint.file)
+
+
+def save_sam(sam: Sam, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write the network as safetensors under the official names; atomic. MachineError if it cannot be written."""
+    tensors = {name: tensor.contiguous() for name, tensor in sam.state_dict().items()}
+    write_atomic(path, safetensors.torch.save(tensors, metadata))

@@ -1,0 +1,1 @@
+"""Offline work on many items, shared among processes and machines; what is finished stays finished. No torch."""

@@ -1,0 +1,44 @@
+"""The pictures of a data set's base classes, for pre-training and distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fssdeploy.data.dataset import Dataset, Regions
+
+
+class BasePictures:
+    """Every training picture of a fold once, with the base classes it is listed under."""
+
+    def __init__(self, dataset: Dataset, fold: int, limit: int | None = None) -> None:
+        """`limit`: use only so many pictures, chosen evenly over the list."""
+        dataset.check_fold(fold)
+        self.dataset = dataset
+        self.classes = list(dataset.classes(fold, "train"))
+        shown: dict[str, list[int]] = {}
+        for index, items in dataset.listing(fold, "train").items():
+            for item in items:
+                shown.setdefault(item, []).append(index)
+        self.items = sorted(shown)
+        if limit and limit < len(self.items):
+            self.items = [self.items[each] for each in np.linspace(0, len(self.items) - 1, limit).astype(int)]
+        self.shown = {item: shown[item] for item in self.items}
+
+    def draw(self, rng: np.random.Generator) -> str:
+        """One item, all equally likely."""
+        return self.items[int(rng.integers(len(self.items)))]
+
+    def regions(self, item: str) -> Regions:
+        return self.dataset.regions(item, self.shown[item])
+
+    def words(self) -> tuple[list[str], np.ndarray]:
+        """The words in the names of the base classes, and which class has which: bool (all classes, words)."""
+        names: Sequence[str] = self.dataset.class_names
+        words = sorted({word for each in self.classes for word in names[each].split()})
+        table = np.zeros((len(names), len(words)), bool)
+        for each in self.classes:
+            for word in names[each].split():
+                table[each, words.index(word)] = True
+        return words, table

@@ -1,0 +1,163 @@
+"""Pre-training a small promptable SAM on the objects of a fold's base classes, regardless of their class.
+
+Source: Kirillov et al., "Segment Anything" (2023), appendix A, shortened to two rounds: a first prompt (a point inside
+the object or its box, by turns), then a point from the region of error together with the mask so far. Loss: focal and
+Dice 20:1, squared error of the predicted IoU; of three masks for a lone point only the best one learns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fssdeploy.errors import InputError
+from fssdeploy.modules.sam import Sam, SamConfig
+from fssdeploy.training.augment import Crop, crop
+from fssdeploy.training.dino import initialise
+from fssdeploy.training.losses import dice, focal
+from fssdeploy.training.pictures import BasePictures
+from fssdeploy.training.recipe import Batch, Objective, muon_and_adamw
+from fssdeploy.training.schedule import Phase
+
+# Smallest share of the picture that an object must still cover after cropping.
+LEAST_OBJECT = 0.01
+
+
+@dataclass(frozen=True)
+class SamSettings:
+    network: SamConfig
+    phases: tuple[Phase, ...] = (Phase(2500, 8, 208),)
+    objects: int = 3
+    rate: float = 1e-3
+    matrix_rate: float = 0.02
+    decay: float = 0.05
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "bf16"
+    ema: float = 0.998
+    seed: int = 0
+    crop: Crop = Crop()
+
+
+class Objects:
+    """Examples: `picture` uint8 (3, S, S), `truth` bool (N, S, S), a `point` in each (N, 2) and its `box` (N, 4)."""
+
+    def __init__(self, pictures: BasePictures, how: Crop, objects: int, seed: int) -> None:
+        self.pictures, self.how, self.objects, self.seed = pictures, how, objects, seed
+
+    def draw(self, position: int, attempt: int, size: int) -> Batch:
+        rng = np.random.default_rng([self.seed, position, attempt])
+        item = self.pictures.draw(rng)
+        regions = self.pictures.regions(item)
+        numbers = np.zeros(regions.picture.shape[:2], np.uint8)
+        for number, inside in enumerate(regions.objects, 1):
+            numbers[inside] = number
+        picture, numbers = crop(regions.picture, numbers, self.how, size, rng)
+        areas = np.bincount(numbers.ravel(), minlength=2)[1:]
+        seen = np.flatnonzero(areas >= LEAST_OBJECT * size * size) + 1
+        if not len(seen):
+            raise InputError("no_object", f"the window of '{item}' shows no object")
+        truth = np.stack([numbers == rng.choice(seen) for _ in range(self.objects)])
+        points, boxes = zip(*(_prompt(each, rng) for each in truth), strict=True)
+        return {
+            "picture": torch.from_numpy(picture.transpose(2, 0, 1).copy()),
+            "truth": torch.from_numpy(truth),
+            "point": torch.tensor(np.array(points), dtype=torch.float32),
+            "box": torch.tensor(np.array(boxes), dtype=torch.float32),
+        }
+
+    def describe(self, position: int, attempt: int) -> str:
+        return self.pictures.draw(np.random.default_rng([self.seed, position, attempt]))
+
+
+def _prompt(inside: np.ndarray, rng: np.random.Generator) -> tuple[list[float], list[float]]:
+    """A point (x, y) in the object, and its box (x0, y0, x1, y1) jittered by up to a tenth of its side."""
+    rows, columns = np.nonzero(inside)
+    chosen = rng.integers(len(rows))
+    box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], float)
+    sides = np.array([box[2] - box[0], box[3] - box[1]] * 2)
+    box += rng.uniform(-0.1, 0.1, 4) * sides
+    return [columns[chosen] + 0.5, rows[chosen] + 0.5], box.clip(0, inside.shape[0]).tolist()
+
+
+class PromptObjective(Objective):
+    def __init__(self, config: SamConfig) -> None:
+        super().__init__()
+        self.sam = Sam(config)
+        initialise(self.sam.image_encoder)
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        truth = batch["truth"].float()
+        cell = self.sam.config.patch // 4
+        target = torch.nn.functional.avg_pool2d(truth, cell)
+        embedding = self.sam.encode(batch["picture"])
+        points, labels = batch["point"].unsqueeze(2), torch.ones_like(batch["point"][..., :1], dtype=torch.int64)
+        if int(batch["step"]) % 2:
+            first, iou = self.sam.decode(embedding, boxes=batch["box"])
+        else:
+            first, iou = self.sam.decode(embedding, points, labels, multimask=True)
+        loss_first, best, _ = _judge(first, iou, target)
+        extra, kind = _correction(best, target, cell)
+        second, iou = self.sam.decode(
+            embedding, torch.cat([points, extra], 2), torch.cat([labels, kind], 2), masks=best.detach().unsqueeze(2)
+        )
+        loss_second, _, overlap = _judge(second, iou, target)
+        return {"loss": loss_first + loss_second, "iou": overlap}
+
+
+def _judge(
+    logits: torch.Tensor, predicted: torch.Tensor, target: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, best logits (B, N, h, w) and mean IoU of logits (B, N, M, h, w) against soft targets (B, N, h, w)."""
+    logits, predicted = logits.float(), predicted.float()
+    truth = target.unsqueeze(2).expand_as(logits)
+    each = 20 * focal(logits, truth) + dice(logits, truth)
+    mask, hard = logits > 0, truth > 0.5
+    overlap = (mask & hard).sum((-2, -1)) / (mask | hard).sum((-2, -1)).clamp_min(1)
+    best = each.argmin(2, keepdim=True)
+    chosen = logits.gather(2, best[..., None, None].expand(-1, -1, 1, *logits.shape[-2:])).squeeze(2)
+    quality = (predicted - overlap).square().mean(2)
+    return (each.gather(2, best).squeeze(2) + quality).mean(), chosen, overlap.gather(2, best).mean()
+
+
+def _correction(logits: torch.Tensor, target: torch.Tensor, cell: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The middle of the worst region of error as a point (B, N, 1, 2) in pixels and its label (B, N, 1).
+
+    The worst pixel of the error averaged over 5 x 5 cells stands in for the centre of the largest error region.
+    """
+    error = target - logits.detach().sigmoid()
+    smooth = torch.nn.functional.avg_pool2d(error, 5, 1, 2, count_include_pad=False)
+    worst = smooth.abs().flatten(2).argmax(2)
+    width = logits.shape[-1]
+    point = torch.stack([worst % width, worst // width], -1).float().add(0.5).mul(cell)
+    sign = smooth.flatten(2).gather(2, worst.unsqueeze(2)) > 0
+    return point.unsqueeze(2), sign.long()
+
+
+class SamRecipe:
+    name = "pretrain sam"
+    schedule = "warmup_cosine"
+    schedule_per_phase = False
+
+    def __init__(self, pictures: BasePictures, settings: SamSettings, origin: dict[str, Any]) -> None:
+        """`origin`: what the pictures are (data set, fold, ...), for the record of the run."""
+        torch.manual_seed(settings.seed)
+        self._settings, self._origin = settings, origin
+        self.phases = settings.phases
+        self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
+        self.ema, self.seed = settings.ema, settings.seed
+        self.examples = Objects(pictures, settings.crop, settings.objects, settings.seed)
+        self.objective = PromptObjective(settings.network)
+
+    def settings(self) -> dict[str, Any]:
+        return {"recipe": self.name, **self._origin, **asdict(self._settings)}
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        settings = self._settings
+        return muon_and_adamw(self.objective, settings.rate, settings.matrix_rate, settings.decay)
+
+    def enter(self, phase: int) -> None:
+        """Nothing changes between phases."""

@@ -4,6 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 PRESET ?= tiny
 WEIGHTS ?=
+WORK ?= runs/tiny
 
 BIN := .venv/bin
 TREE := build/tree
@@ -13,7 +14,7 @@ STAMP := .venv/ready
 export TORCH_BUILD TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck contracts tree unit slow bench clean
+.PHONY: help setup demo test lint typecheck contracts tree unit slow bench weights clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,8 +29,8 @@ $(STAMP): pyproject.toml tools/setup.py
 	$(PYTHON) tools/setup.py
 	@touch $@
 
-demo: $(STAMP) ## export, enrol and segment from start to end into demo_out (PRESET=tiny WEIGHTS=)
-	$(BIN)/fssdeploy demo --preset $(PRESET) $(foreach file,$(WEIGHTS),--weights "$(file)") --out demo_out
+demo: $(STAMP) ## export, prove the export, enrol and segment into demo_out (PRESET=tiny WEIGHTS=)
+	$(BIN)/fssdeploy demo --export --preset $(PRESET) $(foreach file,$(WEIGHTS),--weights "$(file)") --out demo_out
 
 test: lint typecheck contracts unit ## lint, types, import contracts and the tests
 
@@ -56,6 +57,9 @@ slow: $(STAMP) ## full-size networks and long runs as well
 bench: $(STAMP) ## time the stages, against the last saved run
 	$(BIN)/pytest -q benchmarks/test_stages.py --benchmark-only --benchmark-autosave --benchmark-storage=.benchmarks \
 		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
+
+weights: $(STAMP) ## train the shipped weights anew, with their figures (WORK=runs/tiny; continues)
+	$(BIN)/python tools/train_tiny.py --work $(WORK) --ablation
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -31,7 +31,7 @@ _LONGEST_STEM, _LONGEST_CLASS = 160, 80
 
 
 @dataclass(frozen=True)
-class _Segmented:
+class Segmented:
     """One picture: its masks bool (H, W) by class, their scores, and what the two steps cost in seconds."""
 
     picture: np.ndarray
@@ -78,9 +78,9 @@ def annotate_files(
                         raise
                     errors.append({"file": str(file), **error.to_dict()})
                     continue
-                segmented = _segment(system, states, picture)
-                written = _write(out, stem, segmented, overlays)
-                pictures.append(_record(coco, file, segmented, written))
+                segmented = segment_picture(system, states, picture)
+                written = write_picture(out, stem, segmented, overlays)
+                pictures.append(record_picture(coco, file, segmented, written))
         finally:
             if pictures:
                 write_atomic(out / ANNOTATIONS, json.dumps(coco).encode())
@@ -122,17 +122,17 @@ def _cut(text: str, longest: int) -> str:
     return f"{kept}~{hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def _segment(system: StagedSystem, states: Mapping[str, ClassState], picture: np.ndarray) -> _Segmented:
+def segment_picture(system: StagedSystem, states: Mapping[str, ClassState], picture: np.ndarray) -> Segmented:
     start = time.perf_counter()
     features = system.encode([picture])
     encoded = time.perf_counter()
     masks = system.segment(features, states)
     done = time.perf_counter()
     found = {name: masks.binary(0, name) for name in states}
-    return _Segmented(picture, masks, found, encoded - start, done - encoded)
+    return Segmented(picture, masks, found, encoded - start, done - encoded)
 
 
-def _write(out: Path, stem: str, segmented: _Segmented, overlays: bool) -> dict[str, Any]:
+def write_picture(out: Path, stem: str, segmented: Segmented, overlays: bool) -> dict[str, Any]:
     """Write all files of one picture, or none, and return their names."""
     written: dict[str, Any] = {"masks": {name: f"{stem}.{safe_name(name)}.png" for name in segmented.found}}
     touched: list[Path] = []
@@ -158,7 +158,9 @@ def _write(out: Path, stem: str, segmented: _Segmented, overlays: bool) -> dict[
     return written
 
 
-def _record(coco: dict[str, Any], file: Path, segmented: _Segmented, written: Mapping[str, Any]) -> dict[str, Any]:
+def record_picture(
+    coco: dict[str, Any], file: Path, segmented: Segmented, written: Mapping[str, Any]
+) -> dict[str, Any]:
     """Enter one picture into the COCO structure; what the report says of it."""
     image_id = len(coco["images"]) + 1
     height, width = segmented.picture.shape[:2]

@@ -134,7 +134,7 @@ def _groups(episodes: EpisodeList) -> list[dict[str, Any]]:
 def _merge(run: Run, episodes: EpisodeList, entries: Sequence[Entry]) -> None:
     """Enter what was computed into the evaluation's own journal. InputError if that is of another evaluation."""
     records = [record for entry in entries for record in entry["record"]]
-    with run._journal(episodes) as journal:
+    with run.open_journal_of(episodes) as journal:
         assert journal
         for record in sorted(records, key=itemgetter("index")):
             if record["index"] not in journal.episodes:

@@ -50,11 +50,11 @@ class SegmentJob:
             raise UnusableItemError(error) from error
         except OSError as error:  # while reading
             raise UnusableItemError(storage_error(error, file)) from error
-        segmented = annotate._segment(system, self.states, picture)
-        written = annotate._write(self.out, item["stem"], segmented, self.overlays)
+        segmented = annotate.segment_picture(system, self.states, picture)
+        written = annotate.write_picture(self.out, item["stem"], segmented, self.overlays)
         _flush(self.out, _names(written))
         coco: dict[str, Any] = {"images": [], "annotations": []}
-        told = annotate._record(coco, file, segmented, written)
+        told = annotate.record_picture(coco, file, segmented, written)
         pixels = picture.shape[0] * picture.shape[1]
         classes = {
             name: {"area": found["area"], "share": found["area"] / pixels, "score": found["score"]}

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fssdeploy.cli.common import BankDir, Json, Runtime, emit, progress_lines, say_error
-from fssdeploy.cli.evaluate import SPACES, _drawn_lists, _from_artifact, _given_list, _runtime
-from fssdeploy.cli.segment import _from_bank
+from fssdeploy.cli.evaluate import SPACES, chosen_runtime, drawn_lists, from_artifact, given_list
+from fssdeploy.cli.segment import enrolled
 from fssdeploy.errors import InputError
 from fssdeploy.report import Report
 
@@ -54,7 +54,7 @@ def batch_segment(
     files = find_pictures(pictures)
     with progress_lines(as_json) as progress:
         progress("loading")
-        states = _from_bank(bank, load(artifact, runtime, threads=means.threads), classes)
+        states = enrolled(bank, load(artifact, runtime, threads=means.threads), classes)
         report, error = segment_batch(opened, runtime, states, files, out, means, overlays=overlays, progress=progress)
     _finish(report, error, as_json)
 
@@ -90,18 +90,18 @@ def batch_evaluate(
     from fssdeploy.evaluation.run import Run
 
     means = Means.choose(workers, threads, shard, backend)
-    engine = _runtime(runtime, artifact)
+    engine = chosen_runtime(runtime, artifact)
     if space not in SPACES:
         raise InputError("usage", f"there is no space '{space}'", "", f"Choose {' or '.join(SPACES)}.")
     opened = open_dataset(dataset, data_dir)
     lists = (
-        [_given_list(list_file, opened, fold, shot, episodes, seed)]
+        [given_list(list_file, opened, fold, shot, episodes, seed)]
         if list_file
-        else _drawn_lists(opened, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
+        else drawn_lists(opened, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
     )
     with progress_lines(as_json) as progress:
         progress("loading")
-        subject = _from_artifact(system, artifact, engine, means.threads)
+        subject = from_artifact(system, artifact, engine, means.threads)
         run = Run(subject, opened, lists, on_canvas=space == "canvas", out=out, progress=progress)
         report, error = evaluate_batch(run, artifact, data_dir, out, means)
     _finish(report, error, as_json)

@@ -118,7 +118,9 @@ def _open_teacher(path: Path) -> Sam:
     checkpoint = read_checkpoint(path)
     size = sam_size(checkpoint)
     if size not in PRESETS:
-        raise InputError("checkpoint_architecture", f"'{path}' is no SAM of a known size", "", "Use vit_b, _l or _h.")
+        raise InputError(
+            "checkpoint_architecture", f"'{path}' is no SAM of a known size", "", f"Known: {', '.join(PRESETS)}."
+        )
     teacher = Sam(PRESETS[size])
     load_sam(teacher, checkpoint)
     return teacher

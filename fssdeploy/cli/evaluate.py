@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fssdeploy.cli.common import Json, emit, progress_lines
-from fssdeploy.cli.export import UNTRAINED_SEED, configure, require_export_extra
+from fssdeploy.cli.export import configure, require_export_extra, sources
 from fssdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def evaluate(
     from fssdeploy.data import open_dataset
     from fssdeploy.evaluation.run import Run
 
-    engine = _runtime(runtime, artifact)
+    engine = chosen_runtime(runtime, artifact)
     if space not in SPACES:
         raise InputError("usage", f"there is no space '{space}'", "", f"Choose {' or '.join(SPACES)}.")
     for_torch = {"--preset": preset, "--weights": weights, "--image-size": image_size, "--variant": variant}
@@ -65,14 +65,14 @@ def evaluate(
         raise InputError("usage", f"{given[0]} cannot be used with --artifact", "the artifact holds its own network")
     opened = open_dataset(dataset, data_dir)
     lists = (
-        [_given_list(list_file, opened, fold, shot, episodes, seed)]
+        [given_list(list_file, opened, fold, shot, episodes, seed)]
         if list_file
-        else _drawn_lists(opened, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
+        else drawn_lists(opened, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
     )
     with progress_lines(as_json) as progress:
         progress("loading")
         if artifact:
-            subject = _from_artifact(system, artifact, engine, threads)
+            subject = from_artifact(system, artifact, engine, threads)
         else:
             subject = _from_checkpoints(
                 system, preset or "tiny", weights or [], untrained, threads, image_size, variant, options or []
@@ -82,7 +82,7 @@ def evaluate(
     emit(report, as_json)
 
 
-def _runtime(asked: str | None, artifact: Path | None) -> str:
+def chosen_runtime(asked: str | None, artifact: Path | None) -> str:
     name = asked or ("onnx" if artifact else "torch")
     if name not in RUNTIMES:
         raise InputError("runtime_unknown", f"there is no runtime '{name}'", "", "Choose torch, onnx or openvino.")
@@ -92,7 +92,7 @@ def _runtime(asked: str | None, artifact: Path | None) -> str:
     return RUNTIMES[name]
 
 
-def _drawn_lists(dataset: Dataset, fold: str, shot: int, episodes: int | None, seed: int) -> list[EpisodeList]:
+def drawn_lists(dataset: Dataset, fold: str, shot: int, episodes: int | None, seed: int) -> list[EpisodeList]:
     from fssdeploy.data.episodes import EpisodeList
 
     if fold != "all" and not fold.isdecimal():
@@ -110,7 +110,7 @@ def _drawn_lists(dataset: Dataset, fold: str, shot: int, episodes: int | None, s
     ]
 
 
-def _given_list(
+def given_list(
     path: Path, dataset: Dataset, fold: str | None, shot: int | None, episodes: int | None, seed: int | None
 ) -> EpisodeList:
     """The list of a file. InputError if it is of another data set, or options ask for something else than it holds."""
@@ -136,7 +136,7 @@ def _given_list(
     return found
 
 
-def _from_artifact(system: str, path: Path, runtime: str, threads: int | None) -> Subject:
+def from_artifact(system: str, path: Path, runtime: str, threads: int | None) -> Subject:
     from fssdeploy.artifact import Artifact, load
     from fssdeploy.evaluation.evaluate import Canvas
     from fssdeploy.evaluation.run import Subject
@@ -184,9 +184,8 @@ def _from_checkpoints(
     config = configure(system, preset, image_size=image_size, variant=variant, options=options)
     torch.set_num_threads(threads or available_cores())
     model = module.build(config)
-    # As in fssdeploy export.
-    seeded = untrained or (preset == "tiny" and not weights)
-    provenance = fill(system, model, weights, UNTRAINED_SEED if seeded else None)
+    files, seed = sources(system, preset, config, weights, untrained)
+    provenance = fill(system, model, files, seed)
     where, specs = module.preprocessing(config), module.specs(config)
     everything = fingerprint(model, config.to_dict(), ("",))
     staged = StagedSystem(

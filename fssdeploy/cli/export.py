@@ -51,24 +51,44 @@ def export(
         module = get_system(system)
         config = configure(system, preset, image_size=image_size, variant=variant, options=options or [])
         request = ExportRequest(module, preset, config, components, precision, dynamic_batch)
-        # The tiny preset has no trained weights yet: seeded ones, said so in every output.
-        seeded = untrained or (preset == "tiny" and not weights)
+        files, seed = sources(system, preset, config, weights or [], untrained)
         if dry_run:
             report = plan(request)
-            report.notes += _outlook(seeded, bool(weights))
+            report.notes += _outlook(seed, bool(files))
         else:
             progress("building the network")
             model = module.build(config)
-            provenance = fill(system, model, weights or [], UNTRAINED_SEED if seeded else None)
+            provenance = fill(system, model, files, seed)
             target = out or Path("artifacts") / f"{system}-{preset}"
             report = export_artifact(model, provenance, request, target, progress)
     emit(report, as_json)
 
 
-def _outlook(seeded: bool, given: bool) -> list[str]:
+def sources(
+    system: str, preset: str, config: FSDinoConfig, weights: list[Path], untrained: bool
+) -> tuple[list[Path], int | None]:
+    """Checkpoint files to load, and the seed for what they leave open.
+
+    The tiny preset comes with weights of its own. With other choices than the preset's they do not fit; there seeded
+    ones stand in, and every output says so.
+    """
+    from fssdeploy import shipped
+    from fssdeploy.systems import get_system
+
+    if weights or untrained:
+        return weights, UNTRAINED_SEED if untrained else None
+    if preset not in shipped.PRESETS:
+        return [], None
+    file = shipped.checkpoint(f"{system}-{preset}")
+    if file and config == get_system(system).PRESETS[preset]:
+        return [file], None
+    return [], UNTRAINED_SEED
+
+
+def _outlook(seed: int | None, given: bool) -> list[str]:
     """What a dry run says of the weights, which it does not read."""
-    if seeded:
-        return [f"UNTRAINED weights (seed {UNTRAINED_SEED}) fill what no --weights covers: masks would mean nothing."]
+    if seed is not None:
+        return [f"UNTRAINED weights (seed {seed}) fill what no --weights covers: masks would mean nothing."]
     return [] if given else ["This preset has no weights of its own: the export needs --weights or --untrained."]
 
 

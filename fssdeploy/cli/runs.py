@@ -68,7 +68,7 @@ class Started:
         if self.phases:
             changes["phases"] = parse_phases(self.phases)
         fields = {item.name: getattr(settings, item.name) for item in dataclasses.fields(settings)}  # type: ignore[arg-type]
-        settable = sorted(name for name, value in fields.items() if type(value) in (bool, int, float, str))
+        settable = sorted(name for name, value in fields.items() if type(value) in (int, float, str))
         for option in self.options or []:
             name, _, text = option.partition("=")
             if name not in settable:
@@ -86,6 +86,8 @@ def train(
 ) -> None:
     """Run a recipe to its end and write its weights, plot and report; `make` builds it, `keep` writes the result."""
     require_export_extra()
+    if min(started.log_every, started.save_every, started.threads or 1) < 1 or started.workers < 0:
+        raise InputError("usage", "--log-every, --save-every and --threads are at least 1, --workers at least 0")
     with progress_lines(started.as_json) as progress:
         progress("loading PyTorch")
         import json
@@ -100,8 +102,6 @@ def train(
 
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(started.threads or max(1, available_cores() // local))
-        if min(started.log_every, started.save_every) < 1 or started.workers < 0:
-            raise InputError("usage", "--log-every and --save-every are at least 1, --workers at least 0")
         recipe = make(started.open_dataset())
         with made_folder(started.out), machine(started.workers) as here:
             outcome = run(

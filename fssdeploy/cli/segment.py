@@ -23,7 +23,8 @@ DEFAULT_ARTIFACT = Path("artifacts") / "fsdino-tiny"  # where `fssdeploy export 
 def segment(
     context: typer.Context,
     paths: Annotated[
-        list[Path] | None, typer.Argument(help=f"ARTIFACT (default: {DEFAULT_ARTIFACT}), then pictures or folders.")
+        list[Path] | None,
+        typer.Argument(help=f"ARTIFACT (default: {DEFAULT_ARTIFACT}, else the shipped one), then pictures."),
     ] = None,
     bank: Annotated[Path | None, typer.Option(help="Directory of enrolled classes.")] = None,
     classes: Annotated[
@@ -46,14 +47,14 @@ def segment(
     if bool(bank) == bool(support):
         raise InputError("usage", "segment needs either --bank or --support", "", f"See: {context.command_path} --help")
     given = list(paths or [])
-    artifact = given.pop(0) if given else DEFAULT_ARTIFACT
+    artifact = given.pop(0) if given else default_artifact()
     note = Artifact.open(artifact).weights_note
     files = find_pictures([*given, *(query or [])])
     with progress_lines(as_json) as progress:
         progress("loading")
         start = time.perf_counter()
         system = load(artifact, runtime, threads=threads)
-        states = _from_bank(bank, system, classes) if bank else _from_support(support or [], system, classes, label)
+        states = enrolled(bank, system, classes) if bank else _from_support(support or [], system, classes, label)
         seconds = time.perf_counter() - start
         report = annotate_files(system, states, files, out, overlays=overlays, note=note, progress=progress)
     report.facts["loaded in" if bank else "loaded and enrolled in"] = f"{seconds * 1e3:.0f} ms"
@@ -72,6 +73,13 @@ def segment(
     raise typer.Exit(error.exit_code)
 
 
+def default_artifact() -> Path:
+    """What `fssdeploy export fsdino` wrote here, else the one that comes with this package."""
+    from fssdeploy import shipped
+
+    return DEFAULT_ARTIFACT if DEFAULT_ARTIFACT.exists() else shipped.artifact() or DEFAULT_ARTIFACT
+
+
 def split_support(text: str) -> tuple[Path, str]:
     """PICTURE:MASK, where MASK may itself hold colons (``box:...``, ``polygon:...``)."""
     for kind in (":box:", ":polygon:"):
@@ -86,7 +94,7 @@ def split_support(text: str) -> tuple[Path, str]:
     return Path(picture), mask
 
 
-def _from_bank(bank: Path, system: StagedSystem, classes: list[str] | None) -> dict[str, ClassState]:
+def enrolled(bank: Path, system: StagedSystem, classes: list[str] | None) -> dict[str, ClassState]:
     from fssdeploy.bank.bank import Bank
 
     with Bank.open(bank, system.fingerprint) as opened:

@@ -30,7 +30,7 @@ from fssdeploy.files import made_folder, write_atomic
 # Raise it when a picture comes out differently: caches and recorded figures belong to one version.
 VERSION = 1
 SIDE = 256
-SHAPES = ("disc", "ring", "triangle", "cross", "bar")
+SHAPES = ("disc", "ring", "flower", "cross", "bar")
 TEXTURES = ("plain", "striped", "checked", "dotted")
 FOLDS = 4
 PICTURES = {"train": 12_000, "test": 1_000}
@@ -156,12 +156,12 @@ def _render(split: str, seed: int, fold: int, index: int) -> Scene:
     classes: list[int] = []
     areas: list[int] = []
 
-    def add(chosen: int, colours: np.ndarray, share: float) -> bool:
+    def add(chosen: int, colours: np.ndarray, share: float, shrink: float) -> bool:
         """Draw an object where it hides none too much; False if no place was found."""
         shape, texture = parts_of(chosen)
         hidden = MOST_HIDDEN if rng.random() < 0.3 else 0.08
         for _ in range(20):
-            silhouette = _Silhouette.draw(rng, shape, share)
+            silhouette = _Silhouette.draw(rng, shape, max(1.2 * LEAST_AREA, share * shrink))
             covered = np.bincount(numbers[silhouette.window][silhouette.inside], minlength=len(areas) + 1)[1:]
             seen = np.bincount(numbers.ravel(), minlength=len(areas) + 1)[1:] - covered
             least = np.maximum((1 - hidden) * np.array(areas), LEAST_AREA * SIDE * SIDE)
@@ -177,7 +177,7 @@ def _render(split: str, seed: int, fold: int, index: int) -> Scene:
         numbers[silhouette.window][silhouette.inside] = len(classes)
         return True
 
-    share = _log_uniform(rng, 0.04, 0.17)
+    share = _log_uniform(rng, 0.05, 0.2)
     colours = _two(rng, palette)
     shape, texture = parts_of(target)
     same_texture = [each for each in others if parts_of(each)[1] == texture and each != target]
@@ -186,18 +186,17 @@ def _render(split: str, seed: int, fold: int, index: int) -> Scene:
     plan = [
         (target, colours, share),
         # Usually larger than the target: nor does "the largest" tell it.
-        (_pick(rng, [*anything, *same_shape * 3]), colours, min(0.25, share * rng.uniform(1.0, 1.8))),
-        (_pick(rng, same_texture), _two(rng, palette), _log_uniform(rng, 0.04, 0.17)),
+        (_pick(rng, [*anything, *same_shape * 3]), colours, min(0.28, share * rng.uniform(1.0, 1.7))),
+        (_pick(rng, same_texture), _two(rng, palette), _log_uniform(rng, 0.05, 0.2)),
     ]
     for _ in range(rng.integers(0, 2)):
         plan.append((_pick(rng, anything), _two(rng, palette), _log_uniform(rng, 0.035, 0.12)))
     for attempt in itertools.count():  # smaller objects are tried until all that matter fit
         canvas, classes, areas = _background(rng, palette), [], []
         numbers = np.zeros((SIDE, SIDE), np.uint8)
-        for position in rng.permutation(len(plan)):  # being on top tells nothing
-            chosen, colours, share = plan[position]
-            add(chosen, colours, max(1.2 * LEAST_AREA, share * 0.9**attempt))
-        if target in classes and len(classes) >= 3:
+        order = rng.permutation(len(plan))  # being on top tells nothing
+        placed = {int(each) for each in order if add(*plan[each], shrink=0.9**attempt)}
+        if placed >= {0, 1, 2}:
             break
     codes = np.array([0, *(1 + 8 * each + number for number, each in enumerate(classes))], np.uint8)
     return Scene(_light(rng, canvas), codes[numbers])
@@ -225,7 +224,7 @@ class _Silhouette:
         radius = float(np.sqrt(share * SIDE * SIDE / unit))
         margin = 0.85 * radius
         x, y = rng.uniform(margin, SIDE - margin, 2)
-        angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.15)
+        angle, squeeze = rng.uniform(-np.pi / 6, np.pi / 6), rng.uniform(0.85, 1.15)
         extent = radius * reach * 1.2 + 2
         left, right = max(0, int(x - extent)), min(SIDE, int(x + extent) + 1)
         top, bottom = max(0, int(y - extent)), min(SIDE, int(y + extent) + 1)
@@ -246,9 +245,10 @@ def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.abs(np.hypot(u, v) - 0.75) - 0.25
 
 
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    half = np.float32(np.sqrt(3) / 2)
-    return np.maximum(v, np.maximum(half * u, -half * u) - 0.5 * v) - 0.5
+def _flower(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Seven pointed petals; the slope of their flanks brings the difference in radius close to a distance."""
+    petals = np.abs((np.arctan2(v, u) * np.float32(7 / (2 * np.pi))) % 1 - 0.5) * 2
+    return (np.hypot(u, v) - (0.5 + 0.5 * petals)) * np.float32(0.6)
 
 
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -261,8 +261,8 @@ def _bar(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 # By shape: distance to the outline in units of the radius (negative inside); its area and farthest point for radius 1.
-_OUTLINES = (_disc, _ring, _triangle, _cross, _bar)
-_UNIT = ((np.pi, 1.0), (np.pi * 0.75, 1.0), (1.299, 1.0), (2.04, 1.05), (1.12, 1.04))
+_OUTLINES = (_disc, _ring, _flower, _cross, _bar)
+_UNIT = ((np.pi, 1.0), (np.pi * 0.75, 1.0), (1.83, 1.0), (2.04, 1.05), (1.12, 1.04))
 
 
 def _texture(rng: np.random.Generator, texture: int, silhouette: _Silhouette, colours: np.ndarray) -> np.ndarray:

@@ -92,7 +92,7 @@ class Run:
             self.progress(f"fold {fold}: {text}")
 
         thresholds: dict[str, float] = {}
-        with self._journal(episodes) as journal:
+        with self.open_journal_of(episodes) as journal:
             if journal and self.out:
                 episodes.save(self.out / list_file(fold))
             if self.priors:
@@ -143,7 +143,7 @@ class Run:
             journal.add_thresholds(chosen)
         return chosen
 
-    def _journal(self, episodes: EpisodeList) -> AbstractContextManager[Journal | None]:
+    def open_journal_of(self, episodes: EpisodeList) -> AbstractContextManager[Journal | None]:
         if not self.out:
             return nullcontext()
         binding = {**self._protocol([episodes]), "system": self.subject.fingerprint}

@@ -68,7 +68,7 @@ def augment(
 
 @dataclass(frozen=True)
 class Crop:
-    """Pre-training: a random window, mirrored and turned by quarters, its colours changed.
+    """Pre-training: a random window, mirrored at random, its colours changed.
 
     `window`: least and largest side, as a share of the picture's; `gain`: how far every channel is scaled at most;
     `swaps`: channels are permuted, for classes that colour says nothing about.
@@ -77,7 +77,6 @@ class Crop:
     window: tuple[float, float] = (0.7, 1.0)
     gain: float = 0.3
     swaps: bool = True
-    turns: bool = True
 
 
 def crop(
@@ -91,9 +90,6 @@ def crop(
     picture, labels = resized(picture, labels, size, box)
     if rng.random() < 0.5:
         picture, labels = picture[:, ::-1], labels[:, ::-1]
-    if how.turns:
-        quarter = int(rng.integers(4))
-        picture, labels = np.rot90(picture, quarter), np.rot90(labels, quarter)
     if how.swaps:
         picture = picture[..., rng.permutation(3)]
     gain = rng.uniform(1 - how.gain, 1 + how.gain, 3).astype(np.float32)

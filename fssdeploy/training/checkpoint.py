@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fssdeploy.errors import InputError, IntegrityError
-from fssdeploy.files import write_atomic
+from fssdeploy.files import storage_error, write_atomic
 
 FORMAT = "fssdeploy-training"
 FILE = "checkpoint.pt"
@@ -34,15 +34,22 @@ def save_file(file: Path, content: dict[str, Any]) -> None:
 def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The checkpoint of the run in `folder`, None if there is none yet.
 
-    InputError if the run had other settings; IntegrityError if the file is damaged.
+    InputError if the run had other settings; IntegrityError if the file is damaged; MachineError if it cannot be read.
     """
     file = folder / FILE
     if not file.exists():
         return None
     try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch.load does not compare the checksums
+            if damaged:
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
         content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
-            raise KeyError("format")
+            raise ValueError("it is the checkpoint of something else")
+        before = content["settings"]
+    except OSError as error:
+        raise storage_error(error, file) from error
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -55,7 +62,7 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         raise IntegrityError(
             "checkpoint_damaged", f"'{file}' cannot be read", str(error).split("\n")[0], "Delete it to begin again."
         ) from error
-    before, now = content["settings"], _plain(settings)
+    now = _plain(settings)
     differing = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if differing:
         name = differing[0]

@@ -3,7 +3,7 @@
 The published encoders are self-distilled on 142 million pictures; nothing of that kind is at hand for ours. It learns
 from what a fold gives: dense labels of its base classes. Every patch predicts the words in the name of the class it
 shows ("striped disc": two words), so that classes which share a word share evidence and a new combination of known
-words lies between its parts. Where every class name is one word this is plain multi-label classification.
+words lies between its parts. Where every class name is one word this is plain classification.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fssdeploy.modules.dinov2 import IMAGENET_MEAN, IMAGENET_STD, DinoVisionTransformer, ViTConfig
 from fssdeploy.training.augment import Crop, crop
+from fssdeploy.training.initialise import initialise, mimetic
 from fssdeploy.training.pictures import BasePictures
 from fssdeploy.training.recipe import Batch, Objective, muon_and_adamw
-from fssdeploy.training.schedule import Phase
+from fssdeploy.training.schedule import Phase, check_sizes
 
 NOTHING, IGNORED = 254, 255
 
@@ -28,7 +28,7 @@ NOTHING, IGNORED = 254, 255
 @dataclass(frozen=True)
 class DinoSettings:
     encoder: ViTConfig
-    phases: tuple[Phase, ...] = (Phase(6000, 16, 182),)
+    phases: tuple[Phase, ...] = (Phase(4000, 16, 182),)
     rate: float = 1e-3
     matrix_rate: float = 0.02
     decay: float = 0.05
@@ -69,11 +69,13 @@ class WordObjective(Objective):
         super().__init__()
         self.encoder = DinoVisionTransformer(config)
         initialise(self.encoder)
+        mimetic(self.encoder)
         self.head = nn.Linear(config.dim, table.shape[1] + 1)
-        # Rows 254 and 255 exist so that label maps index it directly; the last column says "any class".
+        # From a label to what is to be predicted: its words in equal parts, or (last column) that there is nothing.
+        # Rows for all values of a label map, so that counts of labels multiply with it; 255 has no part in anything.
         rows = np.zeros((256, table.shape[1] + 1), np.float32)
-        rows[: len(table), :-1] = table
-        rows[: len(table), -1] = table.any(1)
+        rows[: len(table), :-1] = table / np.maximum(table.sum(1, keepdims=True), 1)
+        rows[NOTHING, -1] = 1
         self.register_buffer("table", torch.from_numpy(rows), persistent=False)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -83,16 +85,18 @@ class WordObjective(Objective):
         _, tokens = self.encoder((picture.float() / 255 - mean) / std, 0)
         with torch.autocast(picture.device.type, enabled=False):
             logits = self.head(tokens.float())
-        counts = label_counts(labels, self.encoder.config.patch)
-        truth = counts @ self.table
-        known = 1 - counts[..., IGNORED]
-        loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(-1)
-        inside = (truth[..., -1] > 0.5) & (known > 0.5)
-        right = ((logits[..., :-1] > 0) == (truth[..., :-1] > 0.5)).all(-1)
+        truth = label_counts(labels, self.encoder.config.patch) @ self.table
+        known = truth.sum(-1)
+        loss = -(truth * logits.log_softmax(-1)).sum(-1)
+        inside = truth[..., :-1].sum(-1) > 0.5
+        named = truth[..., :-1] > 0.25 * known.unsqueeze(-1)
+        # Of the words that are to be named, how many are among as many of the likeliest.
+        order = logits[..., :-1].argsort(-1, descending=True).argsort(-1)
+        hits = ((order < named.sum(-1, keepdim=True)) & named).sum(-1) / named.sum(-1).clamp_min(1)
         return {
-            "loss": (loss * known).sum(1).div(known.sum(1).clamp_min(1)).mean(),
-            "right": (right & inside).sum() / inside.sum().clamp_min(1),
-            "objects": ((logits[..., -1] > 0) == (truth[..., -1] > 0.5)).float().mean(),
+            "loss": (loss.sum(1) / known.sum(1).clamp_min(1)).mean(),
+            "words": (hits * inside).sum() / inside.sum().clamp_min(1),
+            "objects": ((logits.argmax(-1) < logits.shape[-1] - 1) == inside).float().mean(),
         }
 
 
@@ -116,6 +120,7 @@ class DinoRecipe:
         torch.manual_seed(settings.seed)
         self._settings, self._origin = settings, origin
         self.phases = settings.phases
+        check_sizes(settings.phases, settings.encoder.patch)
         self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
         self.ema, self.seed = settings.ema, settings.seed
         self.examples = LabelledPictures(pictures, settings.crop, settings.seed)
@@ -132,19 +137,3 @@ class DinoRecipe:
 
     def enter(self, phase: int) -> None:
         """Nothing changes between phases but the size of the pictures."""
-
-
-def initialise(encoder: nn.Module) -> None:
-    """Start values that train from scratch: DINOv2's LayerScale of 1e-5 needs far longer runs than ours."""
-    for name, parameter in encoder.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.ones_(parameter)
-        elif "rel_pos" in name:
-            nn.init.zeros_(parameter)
-        elif "embed" in name or "token" in name:
-            if parameter.dim() > 1:
-                nn.init.trunc_normal_(parameter, std=0.02)
-            else:
-                nn.init.zeros_(parameter)
-        elif parameter.dim() > 1:
-            nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5)

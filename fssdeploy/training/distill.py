@@ -25,7 +25,7 @@ from fssdeploy.systems.fsdino import FSDino
 from fssdeploy.training.augment import resized
 from fssdeploy.training.pictures import BasePictures
 from fssdeploy.training.recipe import Batch, Objective, adamw
-from fssdeploy.training.schedule import Phase
+from fssdeploy.training.schedule import Phase, check_sizes
 from fssdeploy.weights.provenance import fingerprint
 
 
@@ -163,8 +163,10 @@ class DistillRecipe:
     ) -> None:
         """`origin`: data set, fold and the checkpoints of student and teacher, for the record of the run."""
         identity = fingerprint(teacher, asdict(teacher.config), ("image_encoder.",))
-        self._settings, self._origin = settings, {**origin, "teacher": identity}
+        self._settings = settings
+        self._origin = {**origin, "teacher": identity, "config": student.config.to_dict()}
         self.phases = settings.phases
+        check_sizes(settings.phases, student.config.encoder.patch)
         self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
         self.ema, self.seed = settings.ema, settings.seed
         self.examples = TeacherPictures(pictures, teacher.config.image_size, settings.seed)

@@ -20,7 +20,7 @@ from fssdeploy.systems.fsdino import FSDino
 from fssdeploy.training.augment import Augmentation, augment, resized
 from fssdeploy.training.losses import dice_bce, overlap
 from fssdeploy.training.recipe import Batch, Objective, adamw
-from fssdeploy.training.schedule import Phase
+from fssdeploy.training.schedule import Phase, check_sizes
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class EpisodicRecipe:
         """`origin`: data set, fold and the checkpoints that the model was filled from, for the record of the run."""
         self._settings, self._origin = settings, {**origin, "config": model.config.to_dict()}
         self.phases = settings.phases
+        check_sizes(settings.phases, model.config.encoder.patch, model.config.image_size)
         self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
         self.ema, self.seed = settings.ema, settings.seed
         self.examples = Episodes(

@@ -10,21 +10,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fssdeploy.errors import CheckFailedError, InputError, MachineError
+from fssdeploy.errors import CheckFailedError, FssError, InputError, MachineError
 from fssdeploy.files import storage_error, write_atomic
 from fssdeploy.training import checkpoint
 from fssdeploy.training.recipe import Batch, Examples, Recipe
@@ -34,6 +35,11 @@ LOG = "log.jsonl"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Draws for one position before the data are given up.
 ATTEMPTS = 20
+
+# What a process that loads pictures sends: a batch, or the class and the arguments of an error.
+Answer = Batch | tuple[type[FssError], tuple[str, ...]]
+# Examples of this process that go through the network at once, and (position, attempt) of each.
+Part = tuple[Batch, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def machine(workers: int) -> Iterator[Machine]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: steps done, seconds of this process, examples that were skipped, the last log line."""
+    """What a run came to: steps and seconds of this process, pictures skipped since the beginning, the last figures."""
 
     steps: int
     seconds: float
@@ -78,6 +84,38 @@ class Outcome:
     last: dict[str, float]
 
 
+@dataclass
+class _Tally:
+    """Losses summed since the last line of the log, pictures skipped since the beginning, the last line's figures."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    skipped: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def _worker_deaths() -> Iterator[None]:
+    """MachineError when a worker dies: PyTorch raises from a signal handler, wherever the run happens to be."""
+    lost = (ConnectionResetError, ConnectionRefusedError, EOFError)
+    try:
+        try:
+            yield
+        except lost:  # a batch was to be fetched from a process that is gone; the signal comes any moment
+            time.sleep(1)
+            raise
+    except (RuntimeError, *lost) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"DataLoader worker \(pid|ancillary data", str(error)):
+            raise
+        raise MachineError(
+            "worker_died",
+            "a process that loads pictures died",
+            str(error).split("\n")[0],
+            "The last checkpoint is whole: run the same command again, with fewer --workers.",
+        ) from error
+
+
+@_worker_deaths()
 def run(
     recipe: Recipe,
     out: Path,
@@ -89,9 +127,10 @@ def run(
 ) -> Outcome:
     """Train to the end, from the checkpoint in `out` if there is one; `recipe.objective` holds the result.
 
-    InputError for a batch that the processes cannot share or settings that differ from the checkpoint's;
-    CheckFailedError when a loss is not finite (the examples are saved for replay); MachineError when a checkpoint
-    cannot be written or a worker dies: the last checkpoint stays, the same call continues.
+    InputError for a batch that the processes cannot share, settings that differ from the checkpoint's or data that
+    cannot be read; CheckFailedError when a loss or gradient is not finite (the examples are saved for replay);
+    MachineError when a checkpoint cannot be written or a worker dies: the last checkpoint stays, the same call
+    continues.
     """
     _check(recipe, on)
     total = sum(phase.steps for phase in recipe.phases)
@@ -101,13 +140,13 @@ def run(
     average = _Average(objective, recipe.ema) if recipe.ema else None
     scaler = torch.amp.GradScaler(on.device.type, enabled=recipe.precision == "fp16")
     settings = {**recipe.settings(), "world_batch": [phase.batch for phase in recipe.phases]}
-    start = 0
+    start, tally = 0, _Tally()
     stored = checkpoint.load(out, settings)
     if stored:
-        start = stored["step"]
+        start, tally = stored["step"], _Tally(**stored.get("tally", {}))
         objective.load_state_dict(stored["model"])
-        for optimiser, state in zip(optimisers, stored["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        for optimiser, its_state in zip(optimisers, stored["optimisers"], strict=True):
+            optimiser.load_state_dict(its_state)
         scaler.load_state_dict(stored["scaler"])
         if average:
             average.load(stored["average"])
@@ -119,8 +158,8 @@ def run(
     if on.world > 1:
         parallel = DistributedDataParallel(objective, find_unused_parameters=True)
     amp = PRECISIONS[recipe.precision]
-    begun, skipped, last, sums, count, entered = time.perf_counter(), 0, {}, {}, 0, -1
-    window, window_examples = time.perf_counter(), 0
+    begun = window = time.perf_counter()
+    window_examples, entered = 0, -1
     trained = [each for group in optimisers for part in group.param_groups for each in part["params"]]
 
     for step, place, parts in _batches(recipe, on, start, total):
@@ -133,9 +172,8 @@ def run(
                 group["lr"] = rate * factor
             optimiser.zero_grad(set_to_none=True)
         values: dict[str, torch.Tensor] = {}
-        for number, (loaded, described) in enumerate(parts):
+        for number, (loaded, _) in enumerate(parts):
             batch = {name: tensor.to(on.device, non_blocking=True) for name, tensor in loaded.items()}
-            skipped += int(batch.pop("skipped").sum())
             batch["step"] = torch.tensor(step)
             share = 1 / len(parts)
             waits = on.world > 1 and number < len(parts) - 1
@@ -143,39 +181,44 @@ def run(
                 with _attention(on), torch.autocast(on.device.type, amp or torch.bfloat16, enabled=amp is not None):
                     losses = parallel(batch)
                 if not torch.isfinite(losses["loss"]):
-                    _save_failure(out, on, step, losses, described, objective, batch)
+                    _fail(recipe, out, on, step, [parts[number]], "loss", losses["loss"].detach())
                 scaler.scale(losses["loss"] * share).backward()
             for name, value in losses.items():
                 values[name] = values.get(name, 0) + value.detach().float() * share
         for optimiser in optimisers:
             scaler.unscale_(optimiser)
-        torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+        if not (torch.isfinite(norm) or scaler.is_enabled()):  # a scaler leaves such a step out by itself
+            _fail(recipe, out, on, step, parts, "gradient", norm)
         for optimiser in optimisers:
             scaler.step(optimiser)
         scaler.update()
         if average:
             average.update(objective)
 
-        _mean_over_processes(values, on)
+        skipped = sum(attempt for _, examples in parts for _, attempt in examples)
+        tally.skipped += _over_processes(values, skipped, on)
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        count += 1
+            tally.sums[name] = tally.sums.get(name, 0.0) + float(value)
+        tally.count += 1
         window_examples += len(place.positions)
         done = step + 1
         if log and (done % log_every == 0 or done == total):
             rate = window_examples / (time.perf_counter() - window)
-            last = {name: value / count for name, value in sums.items()}
-            log.write({"step": done, **last, "rate": factor, "examples_per_second": rate, "skipped": skipped})
+            last = {name: value / tally.count for name, value in tally.sums.items()}
+            tally = _Tally(skipped=tally.skipped, last=last)
+            log.write({"step": done, **last, "rate": factor, "examples_per_second": rate, "skipped": tally.skipped})
             left = (time.perf_counter() - begun) / (done - start) * (total - done)
             shown = ", ".join(f"{name} {value:.3f}" for name, value in last.items())
             progress(f"{recipe.name} step {done}/{total}: {shown}; {rate:.0f} examples/s; {_clock(left)} left")
-            sums, count, window, window_examples = {}, 0, time.perf_counter(), 0
+            window, window_examples = time.perf_counter(), 0
         if on.leads and (done % save_every == 0 or done == total):
             state: dict[str, Any] = {
                 "model": objective.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in optimisers],
                 "scaler": scaler.state_dict(),
                 "average": average.shadow if average else {},
+                "tally": asdict(tally),
             }
             checkpoint.save(out, settings, done, state)
     if average:
@@ -183,10 +226,17 @@ def run(
     objective.eval()
     if log:
         log.close()
-    return Outcome(total - start, time.perf_counter() - begun, skipped, last)
+    return Outcome(total - start, time.perf_counter() - begun, tally.skipped, tally.last)
 
 
 def _check(recipe: Recipe, on: Machine) -> None:
+    for name, fits, allowed in (
+        ("accumulate", recipe.accumulate >= 1, "at least 1"),
+        ("clip", recipe.clip > 0, "above 0; inf for none"),
+        ("ema", 0 <= recipe.ema < 1, "at least 0, which is none, and below 1"),
+    ):
+        if not fits:
+            raise InputError("setting", f"{name} cannot be {getattr(recipe, name)}", "", f"It is {allowed}.")
     for phase in recipe.phases:
         if phase.batch % (on.world * recipe.accumulate):
             raise InputError(
@@ -211,18 +261,23 @@ def _factor(recipe: Recipe, step: int, total: int, place: Place) -> float:
     return float(schedule(step / total))
 
 
-class _Stream(Dataset[Batch]):
-    """Maps (position, size) to an example; a picture that cannot be read is replaced by another draw."""
+class _Stream(Dataset[Answer]):
+    """Maps the keys of a part, (position, size) each, to its batch; unreadable pictures are replaced by other draws."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        position, size = key
+    def __getitem__(self, keys: list[tuple[int, int]]) -> Answer:
+        try:
+            return default_collate([self._example(*key) for key in keys])
+        except FssError as error:  # DataLoader would hand on its text alone
+            return type(error), (error.code, error.what, error.why, error.fix)
+
+    def _example(self, position: int, size: int) -> Batch:
         for attempt in range(ATTEMPTS):
             try:
                 example = self.examples.draw(position, attempt, size)
-                return {**example, "skipped": torch.tensor(attempt), "position": torch.tensor(position)}
+                return {**example, "attempt": torch.tensor(attempt), "position": torch.tensor(position)}
             except InputError as error:
                 failure = error
         raise InputError(
@@ -233,43 +288,35 @@ class _Stream(Dataset[Batch]):
         )
 
 
-def _batches(
-    recipe: Recipe, on: Machine, start: int, total: int
-) -> Iterator[tuple[int, Place, list[tuple[Batch, list[str]]]]]:
+def _batches(recipe: Recipe, on: Machine, start: int, total: int) -> Iterator[tuple[int, Place, list[Part]]]:
     """(step, place, parts) from `start` on; parts are this process' share of the step's examples, to be accumulated."""
-    places = [locate(recipe.phases, step) for step in range(start, total)]
-    keys = [
-        [(position, place.size) for position in part]
-        for place in places
-        for part in _shares(place.positions, on.rank, on.world, recipe.accumulate)
-    ]
+
+    def keys() -> Iterator[list[tuple[int, int]]]:
+        for step in range(start, total):
+            place = locate(recipe.phases, step)
+            for part in _shares(place.positions, on.rank, on.world, recipe.accumulate):
+                yield [(position, place.size) for position in part]
+
     loader = DataLoader(
         _Stream(recipe.examples),
-        batch_sampler=keys,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=keys(),
+        collate_fn=lambda answer: answer,
         num_workers=on.workers,
-        persistent_workers=False,
         multiprocessing_context="fork" if on.workers else None,
         generator=torch.Generator(),  # or it would draw from the run's random state
     )
-    loaded = iter(loader)
-    for step, place in zip(range(start, total), places, strict=True):
-        parts = []
+    answers = iter(loader)
+    for step in range(start, total):
+        parts: list[Part] = []
         for _ in range(recipe.accumulate):
-            try:
-                batch = next(loaded)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise MachineError(
-                    "worker_died",
-                    "a process that loads pictures died",
-                    str(error).split("\n")[0],
-                    "The last checkpoint is whole: run the same command again, with fewer --workers.",
-                ) from error
-            attempts = batch["skipped"].tolist()
-            pairs = zip(batch.pop("position").tolist(), attempts, strict=True)
-            parts.append((batch, [recipe.examples.describe(*pair) for pair in pairs]))
-        yield step, place, parts
+            answer: Answer = next(answers)
+            if isinstance(answer, tuple):
+                error, words = answer
+                raise error(*words)
+            examples = zip(answer.pop("position").tolist(), answer.pop("attempt").tolist(), strict=True)
+            parts.append((answer, list(examples)))
+        yield step, locate(recipe.phases, step), parts
 
 
 def _shares(positions: range, rank: int, world: int, accumulate: int) -> list[range]:
@@ -279,33 +326,35 @@ def _shares(positions: range, rank: int, world: int, accumulate: int) -> list[ra
     return [mine[index * size : (index + 1) * size] for index in range(accumulate)]
 
 
-def _mean_over_processes(values: dict[str, torch.Tensor], on: Machine) -> None:
+def _over_processes(values: dict[str, torch.Tensor], skipped: int, on: Machine) -> int:
+    """Turn `values` into means over the processes; the sum of `skipped`."""
     if on.world == 1:
-        return
-    together = torch.stack([values[name] for name in sorted(values)])
+        return skipped
+    names = sorted(values)
+    together = torch.stack([*(values[name] for name in names), torch.tensor(float(skipped), device=on.device)])
     torch.distributed.all_reduce(together)
-    for name, value in zip(sorted(values), together / on.world, strict=True):
-        values[name] = value
+    values.update(zip(names, together / on.world, strict=False))
+    return round(float(together[-1]))
 
 
-def _save_failure(
-    out: Path,
-    on: Machine,
-    step: int,
-    losses: dict[str, torch.Tensor],
-    described: Sequence[str],
-    objective: nn.Module,
-    batch: Batch,
-) -> None:
+def _fail(
+    recipe: Recipe, out: Path, on: Machine, step: int, parts: list[Part], what: str, value: torch.Tensor
+) -> NoReturn:
     """Keep what is needed to compute the step again, then stop."""
-    file = out / f"failed-step{step}-rank{on.rank}.pt"
-    content = {"step": step, "examples": list(described), "batch": batch, "model": objective.state_dict()}
+    file = out / f"failed-step{step + 1}-rank{on.rank}.pt"
+    batch = {name: torch.cat([each[name] for each, _ in parts]) for name in parts[0][0]}
+    content = {
+        "step": step + 1,
+        "examples": [recipe.examples.describe(*each) for _, examples in parts for each in examples],
+        "batch": {**batch, "step": torch.tensor(step)},
+        "model": recipe.objective.state_dict(),
+    }
     checkpoint.save_file(file, content)
     raise CheckFailedError(
-        "loss_not_finite",
-        f"the loss of step {step + 1} is {float(losses['loss']):g}",
+        f"{what}_not_finite",
+        f"the {what} of step {step + 1} is {float(value):g}",
         f"its examples, batch and weights are in '{file}'",
-        "Lower the learning rate, or use --precision fp32.",
+        "Lower the learning rate, or use --set precision=fp32.",
     )
 
 

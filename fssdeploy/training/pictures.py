@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from fssdeploy.data.dataset import Dataset, Regions
+from fssdeploy.errors import InputError
 
 
 class BasePictures:
     """Every training picture of a fold once, with the base classes it is listed under."""
 
     def __init__(self, dataset: Dataset, fold: int, limit: int | None = None) -> None:
-        """`limit`: use only so many pictures, chosen evenly over the list."""
+        """`limit`: use only so many pictures, chosen evenly over the list. InputError if none are left."""
         dataset.check_fold(fold)
         self.dataset = dataset
         self.classes = list(dataset.classes(fold, "train"))
@@ -22,7 +23,10 @@ class BasePictures:
             for item in items:
                 shown.setdefault(item, []).append(index)
         self.items = sorted(shown)
-        if limit and limit < len(self.items):
+        if not self.items or (limit is not None and limit < 1):
+            why = f"{len(self.items)} pictures show base classes of fold {fold}, {limit or 'all'} were asked for"
+            raise InputError("no_pictures", "there is no picture to train on", why)
+        if limit is not None and limit < len(self.items):
             self.items = [self.items[each] for each in np.linspace(0, len(self.items) - 1, limit).astype(int)]
         self.shown = {item: shown[item] for item in self.items}
 

@@ -16,11 +16,11 @@ import torch
 from fssdeploy.errors import InputError
 from fssdeploy.modules.sam import Sam, SamConfig
 from fssdeploy.training.augment import Crop, crop
-from fssdeploy.training.dino import initialise
+from fssdeploy.training.initialise import initialise
 from fssdeploy.training.losses import dice, focal
 from fssdeploy.training.pictures import BasePictures
 from fssdeploy.training.recipe import Batch, Objective, muon_and_adamw
-from fssdeploy.training.schedule import Phase
+from fssdeploy.training.schedule import Phase, check_sizes
 
 # Smallest share of the picture that an object must still cover after cropping.
 LEAST_OBJECT = 0.01
@@ -29,7 +29,7 @@ LEAST_OBJECT = 0.01
 @dataclass(frozen=True)
 class SamSettings:
     network: SamConfig
-    phases: tuple[Phase, ...] = (Phase(2500, 8, 208),)
+    phases: tuple[Phase, ...] = (Phase(2000, 8, 208),)
     objects: int = 3
     rate: float = 1e-3
     matrix_rate: float = 0.02
@@ -147,6 +147,7 @@ class SamRecipe:
         torch.manual_seed(settings.seed)
         self._settings, self._origin = settings, origin
         self.phases = settings.phases
+        check_sizes(settings.phases, settings.network.patch, settings.network.image_size)
         self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
         self.ema, self.seed = settings.ema, settings.seed
         self.examples = Objects(pictures, settings.crop, settings.objects, settings.seed)

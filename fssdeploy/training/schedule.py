@@ -40,6 +40,14 @@ def locate(phases: Sequence[Phase], step: int) -> Place:
     raise IndexError(step)
 
 
+def check_sizes(phases: Sequence[Phase], patch: int, only: int | None = None) -> None:
+    """InputError unless every phase's pictures can be cut into patches, or have the `only` size a network takes."""
+    for phase in phases:
+        if phase.size % patch or phase.size < 2 * patch or (only and phase.size != only):
+            fix = f"Use {only}." if only else f"Use multiples of {patch}, at least {2 * patch}."
+            raise InputError("phases", f"pictures of {phase.size} pixels do not fit this network", "", fix)
+
+
 def warmup_cosine(done: float, warmup: float = 0.05) -> float:
     """Factor of the learning rate at a share of the run, 0..1: linear up to 1, then half a cosine down to 0."""
     if done < warmup:

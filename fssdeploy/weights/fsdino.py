@@ -19,6 +19,8 @@ from fssdeploy.weights.provenance import Provenance
 from fssdeploy.weights.sam import is_sam, sam_part, sam_size
 
 _CONFIG = "fsdino_config"
+# What an adapter by itself depends on: it serves every picture size and every segmenter.
+_ADAPTER_CHOICES = ("encoder", "tap_", "adapter_")
 
 
 def fill(
@@ -64,7 +66,8 @@ def save_checkpoint(model: FSDino, path: str | Path, metadata: dict[str, str]) -
 def save_group(model: FSDino, group: str, path: str | Path, metadata: dict[str, str]) -> None:
     """Write the parameters of one group (encoder, adapter, ...) under its own prefix; atomic."""
     tensors = {f"{group}.{name}": tensor.contiguous() for name, tensor in getattr(model, group).state_dict().items()}
-    write_atomic(path, safetensors.torch.save(tensors, metadata))
+    config = json.dumps(model.config.to_dict(), sort_keys=True)
+    write_atomic(path, safetensors.torch.save(tensors, {**metadata, _CONFIG: config}))
 
 
 def _load(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:
@@ -116,10 +119,13 @@ def _load_own(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:
     """A checkpoint of this project; it may leave out whole groups (a segmenter without its frozen encoder)."""
     if _CONFIG in checkpoint.metadata:
         made_for = FSDinoConfig.from_dict(json.loads(checkpoint.metadata[_CONFIG]))
+        groups = {name.split(".", 1)[0] for name in checkpoint.tensors}
         differing = [
             item.name
             for item in dataclasses.fields(FSDinoConfig)
-            if item.name != "train_adapter" and getattr(made_for, item.name) != getattr(model.config, item.name)
+            if item.name != "train_adapter"
+            and (groups != {"adapter"} or item.name.startswith(_ADAPTER_CHOICES))
+            and getattr(made_for, item.name) != getattr(model.config, item.name)
         ]
         if differing:
             name = differing[0]

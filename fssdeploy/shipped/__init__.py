@@ -1,0 +1,24 @@
+"""Weights that this project trained itself and the artifact exported from them; `MODEL_CARD.md` says how and how good.
+
+Never imports torch: the artifact runs on the base install.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+# What the weights are for; presets that are not here need weights of the user's.
+PRESETS = ("tiny",)
+
+
+def artifact() -> Path | None:
+    """The exported fsdino-tiny, None if this installation lacks it."""
+    folder = FOLDER / "fsdino-tiny"
+    return folder if (folder / "manifest.json").exists() else None
+
+
+def checkpoint(name: str) -> Path | None:
+    """The weights called `name` (fsdino-tiny, sam-tiny) as safetensors, None if there are none."""
+    file = FOLDER / f"{name}.safetensors"
+    return file if file.exists() else None

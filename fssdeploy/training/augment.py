@@ -82,8 +82,8 @@ class Crop:
 def crop(
     picture: np.ndarray, labels: np.ndarray, how: Crop, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Picture uint8 (S, S, 3) and labels uint8 (S, S) of a random window, S = `size`."""
-    height, width = labels.shape
+    """Picture uint8 (S, S, 3) and labels uint8 (S, S), or several (S, S, L), of a random window, S = `size`."""
+    height, width = labels.shape[:2]
     share = rng.uniform(*how.window)
     left, top = rng.uniform(0, width * (1 - share)), rng.uniform(0, height * (1 - share))
     box = (left, top, left + width * share, top + height * share)
@@ -102,4 +102,10 @@ def resized(
     """Both, or the part in `box`, squashed to a square: the picture antialiased, labels by the nearest."""
     shape = (size, size)
     small = Image.fromarray(picture).resize(shape, Image.Resampling.BILINEAR, box)
-    return np.asarray(small), np.asarray(Image.fromarray(labels).resize(shape, Image.Resampling.NEAREST, box))
+    if labels.ndim == 2:
+        return np.asarray(small), _nearest(labels, shape, box)
+    return np.asarray(small), np.stack([_nearest(each, shape, box) for each in np.moveaxis(labels, -1, 0)], -1)
+
+
+def _nearest(labels: np.ndarray, shape: tuple[int, int], box: tuple[float, float, float, float] | None) -> np.ndarray:
+    return np.asarray(Image.fromarray(np.ascontiguousarray(labels)).resize(shape, Image.Resampling.NEAREST, box))

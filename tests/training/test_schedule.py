@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fssdeploy.errors import InputError
-from fssdeploy.training.schedule import Phase, Place, cosine, locate, parse_phases, poly, warmup_cosine
+from fssdeploy.training.schedule import Phase, Place, check_sizes, cosine, locate, parse_phases, poly, warmup_cosine
 
 PHASES = (Phase(2, 8, 126), Phase(3, 4, 252))
 
@@ -15,7 +15,7 @@ PHASES = (Phase(2, 8, 126), Phase(3, 4, 252))
 def test_where_a_step_lies() -> None:
     places = [locate(PHASES, step) for step in range(5)]
     assert places == [
-        Place(0, 0, range(0, 8), 126),
+        Place(0, 0, range(8), 126),
         Place(0, 1, range(8, 16), 126),
         Place(1, 0, range(16, 20), 252),
         Place(1, 1, range(20, 24), 252),
@@ -40,4 +40,13 @@ def test_phases_as_text() -> None:
     for text in ("", "2x8", "2x8x126x1", "axbxc", "0x8x126", "2x-8x126", "2x8x126,", "2x8x1.5"):
         with pytest.raises(InputError) as caught:
             parse_phases(text)
+        assert caught.value.code == "phases"
+
+
+def test_sizes_that_a_network_takes() -> None:
+    check_sizes(PHASES, 14)
+    check_sizes(PHASES[:1], 14, 126)
+    for phases, patch, only in ((PHASES, 16, None), (PHASES, 14, 126), ((Phase(1, 1, 14),), 14, None)):
+        with pytest.raises(InputError) as caught:
+            check_sizes(phases, patch, only)
         assert caught.value.code == "phases"

@@ -104,7 +104,7 @@ def run(artifact: Path, cases: list[Case], out: Path, progress: Callable[[str], 
             captions.append(caption)
     save_picture(out / "demo.png", contact_sheet(rows, captions))
     opened = Artifact.open(artifact)
-    known = [entry["iou"] for entry in data if entry["iou"] is not None]
+    known = [float(entry["iou"]) for entry in data if entry["iou"] is not None]
     facts: dict[str, object] = {
         "artifact": str(artifact),
         "artifact loaded in": f"{loaded * 1e3:.0f} ms",

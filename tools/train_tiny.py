@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "fssdeploy" / "shipped"
 RESULTS = ROOT / "benchmarks" / "results"
-PICTURES = 6000
 # Not the seed of the training pictures: shapes-5i draws other pictures for another seed.
 EVALUATION_SEED = 1
 ABLATION = {"ba-pcs": ["--variant", "compact", "--model", "svp=none"], "ba-svp-pcs": ["--variant", "compact"]}
@@ -47,9 +46,8 @@ def main() -> None:
     start = time.perf_counter()
     render(work / "pictures")
     seconds["render"] = time.perf_counter() - start
-    few = ["--pictures", str(PICTURES)]
-    stage("pretrain dino", "pretrain", "dino", *data, *few, "--out", str(work / "dino"))
-    stage("pretrain sam", "pretrain", "sam", *data, *few, "--out", str(work / "sam"))
+    stage("pretrain dino", "pretrain", "dino", *data, "--out", str(work / "dino"))
+    stage("pretrain sam", "pretrain", "sam", *data, "--out", str(work / "sam"))
     teach = ["--encoder", str(encoder), "--teacher", str(sam)]
     stage("distill", "distill", "fsdino", *teach, *data, "--pictures", "2000", "--out", str(work / "distill"))
     begin = [part for file in (encoder, sam, adapter) for part in ("--weights", str(file))]
@@ -73,7 +71,7 @@ def render(folder: Path) -> None:
     from fssdeploy.training.pictures import BasePictures
 
     dataset = ShapesDataset(folder)
-    items = BasePictures(dataset, 0, PICTURES).items
+    items = BasePictures(dataset, 0).items
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.map(partial(draw, dataset), items, chunksize=50):
             pass

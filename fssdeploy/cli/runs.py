@@ -86,7 +86,8 @@ def train(
 ) -> None:
     """Run a recipe to its end and write its weights, plot and report; `make` builds it, `keep` writes the result."""
     require_export_extra()
-    if min(started.log_every, started.save_every, started.threads or 1) < 1 or started.workers < 0:
+    threads = 1 if started.threads is None else started.threads
+    if min(started.log_every, started.save_every, threads) < 1 or started.workers < 0:
         raise InputError("usage", "--log-every, --save-every and --threads are at least 1, --workers at least 0")
     with progress_lines(started.as_json) as progress:
         progress("loading PyTorch")

@@ -33,7 +33,7 @@ SIDE = 256
 SHAPES = ("disc", "ring", "flower", "cross", "bar")
 TEXTURES = ("plain", "striped", "checked", "dotted")
 FOLDS = 4
-PICTURES = {"train": 12_000, "test": 1_000}
+PICTURES = {"train": 8_000, "test": 1_000}
 
 # Share of an object that others may hide, and the least that an object shows of the whole picture.
 MOST_HIDDEN = 0.4
@@ -194,8 +194,11 @@ def _render(split: str, seed: int, fold: int, index: int) -> Scene:
     for attempt in itertools.count():  # smaller objects are tried until all that matter fit
         canvas, classes, areas = _background(rng, palette), [], []
         numbers = np.zeros((SIDE, SIDE), np.uint8)
-        order = rng.permutation(len(plan))  # being on top tells nothing
-        placed = {int(each) for each in order if add(*plan[each], shrink=0.9**attempt)}
+        placed = set()
+        for each in rng.permutation(len(plan)):  # being on top tells nothing
+            chosen, colours, share = plan[each]
+            if add(chosen, colours, share, shrink=0.9**attempt):
+                placed.add(int(each))
         if placed >= {0, 1, 2}:
             break
     codes = np.array([0, *(1 + 8 * each + number for number, each in enumerate(classes))], np.uint8)
@@ -310,7 +313,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[int]) -> int:
-    return int(choices[rng.integers(len(choices))])
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _background(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ from fssdeploy.modules.sam import PRESETS as SAM_PRESETS
 from fssdeploy.systems.fsdino import PRESETS, FSDinoConfig
 from fssdeploy.training.augment import Augmentation
 from fssdeploy.training.dino import DinoSettings
-from fssdeploy.training.distill import DistillSettings
 from fssdeploy.training.episodic import EpisodicSettings
 from fssdeploy.training.pictures import BasePictures
+from fssdeploy.training.recipe import RunSettings
 from fssdeploy.training.sam import SamSettings
 from fssdeploy.training.schedule import Phase
 
@@ -27,17 +27,17 @@ def sam(preset: str) -> SamSettings:
     """Only our tiny SAM is pre-trained here: the published sizes come trained."""
     if preset not in SAM_PRESETS:
         raise InputError("preset_unknown", f"there is no SAM '{preset}'", "", f"Choose from: {', '.join(SAM_PRESETS)}.")
-    return SamSettings(SAM_PRESETS[preset])
+    return SamSettings(network=SAM_PRESETS[preset])
 
 
-def distill(recipe: str, config: FSDinoConfig, pictures: BasePictures) -> DistillSettings:
+def distill(recipe: str, config: FSDinoConfig, pictures: BasePictures) -> RunSettings:
     """The paper: 15 epochs each at a quarter, a half and the whole of the grid, batch 8 (section 4.1)."""
     patch, grid = config.encoder.patch, config.grid
     sizes = [patch * max(2, grid // 4), patch * max(2, grid // 2), patch * grid]
     if recipe == "paper":
         steps = max(1, 15 * len(pictures.items) // 8)
-        return DistillSettings(tuple(Phase(steps, 8, size) for size in sizes))
-    return DistillSettings(tuple(Phase(500, 16, size) for size in sizes), precision="bf16")
+        return RunSettings(phases=tuple(Phase(steps, 8, size) for size in sizes))
+    return RunSettings(phases=tuple(Phase(500, 16, size) for size in sizes), precision="bf16")
 
 
 def episodic(recipe: str, config: FSDinoConfig, dataset: Dataset, fold: int) -> EpisodicSettings:
@@ -45,10 +45,10 @@ def episodic(recipe: str, config: FSDinoConfig, dataset: Dataset, fold: int) -> 
     if recipe == "paper":
         entries = sum(len(items) for items in dataset.listing(fold, "train").values())
         steps = max(1, _EPOCHS.get(dataset.name, 50) * entries // 8)
-        return EpisodicSettings((Phase(steps, 8, config.image_size),))
+        return EpisodicSettings(phases=(Phase(steps, 8, config.image_size),))
     # Objects that are turned already gain nothing from a rotation.
     return EpisodicSettings(
-        (Phase(5000, 8, config.image_size),),
+        phases=(Phase(5000, 8, config.image_size),),
         precision="bf16",
         ema=0.998,
         augmentation=Augmentation((0.9, 1.2), 0.0, 0.2, 0.5),

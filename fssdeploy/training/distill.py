@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,9 @@ from fssdeploy.modules.sam import Sam
 from fssdeploy.systems.fsdino import FSDino
 from fssdeploy.training.augment import resized
 from fssdeploy.training.pictures import BasePictures
-from fssdeploy.training.recipe import Batch, Objective, adamw
-from fssdeploy.training.schedule import Phase, check_sizes
+from fssdeploy.training.recipe import Batch, Objective, Recipe, RunSettings, adamw
+from fssdeploy.training.schedule import check_sizes
 from fssdeploy.weights.provenance import fingerprint
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """The paper: 15 epochs at each of 126, 252 and 518 pixels, batch 8, rate 1e-3 (section 4.1)."""
-
-    phases: tuple[Phase, ...]
-    rate: float = 1e-3
-    decay: float = 0.01
-    clip: float = 1.0
-    accumulate: int = 1
-    precision: str = "fp32"
-    ema: float = 0.0
-    seed: int = 0
 
 
 class TeacherCache:
@@ -147,7 +135,9 @@ class DistillObjective(Objective):
         return torch.from_numpy(stacked).to(pictures.device)
 
 
-class DistillRecipe:
+class DistillRecipe(Recipe):
+    """The weights are carried over from size to size; the rate falls within each (docs/fsdino.md, choice 13)."""
+
     name = "distill fsdino"
     schedule = "cosine"
     schedule_per_phase = True
@@ -158,26 +148,16 @@ class DistillRecipe:
         student: FSDino,
         teacher: Sam,
         cache: Path,
-        settings: DistillSettings,
-        origin: dict[str, Any],
+        settings: RunSettings,
+        origin: Mapping[str, Any],
     ) -> None:
-        """`origin`: data set, fold and the checkpoints of student and teacher, for the record of the run."""
-        identity = fingerprint(teacher, asdict(teacher.config), ("image_encoder.",))
-        self._settings = settings
-        self._origin = {**origin, "teacher": identity, "config": student.config.to_dict()}
-        self.phases = settings.phases
         check_sizes(settings.phases, student.config.encoder.patch)
-        self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
-        self.ema, self.seed = settings.ema, settings.seed
-        self.examples = TeacherPictures(pictures, teacher.config.image_size, settings.seed)
-        self.objective = DistillObjective(student, teacher, TeacherCache(cache, identity))
-
-    def settings(self) -> dict[str, Any]:
-        return {"recipe": self.name, **self._origin, **asdict(self._settings)}
+        identity = fingerprint(teacher, asdict(teacher.config), ("image_encoder.",))
+        examples = TeacherPictures(pictures, teacher.config.image_size, settings.seed)
+        objective = DistillObjective(student, teacher, TeacherCache(cache, identity))
+        origin = {**origin, "teacher": identity, "config": student.config.to_dict()}
+        super().__init__(settings, origin, examples, objective)
+        self._learn = partial(adamw, list(student.adapter.parameters()), settings.rate, settings.decay)
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
-        student = self.objective.student
-        return [adamw(list(student.adapter.parameters()), self._settings.rate, self._settings.decay)]
-
-    def enter(self, phase: int) -> None:
-        """Nothing but the size of the pictures changes: the weights are carried over."""
+        return [self._learn()]

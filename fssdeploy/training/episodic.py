@@ -6,7 +6,9 @@ An example is a class with k supports and a query. Encoder and adapter are froze
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,23 +21,15 @@ from fssdeploy.images.geometry import PADDING_COLOUR
 from fssdeploy.systems.fsdino import FSDino
 from fssdeploy.training.augment import Augmentation, augment, resized
 from fssdeploy.training.losses import dice_bce, overlap
-from fssdeploy.training.recipe import Batch, Objective, adamw
-from fssdeploy.training.schedule import Phase, check_sizes
+from fssdeploy.training.recipe import Batch, Objective, Recipe, RunSettings, adamw
+from fssdeploy.training.schedule import check_sizes
 
 
-@dataclass(frozen=True)
-class EpisodicSettings:
+@dataclass(frozen=True, kw_only=True)
+class EpisodicSettings(RunSettings):
     """Defaults are the paper's where it says something: AdamW, rate 1e-3, batch 8; docs/fsdino.md, choices 35, 36."""
 
-    phases: tuple[Phase, ...]
     shot: int = 1
-    rate: float = 1e-3
-    decay: float = 0.01
-    clip: float = 1.0
-    accumulate: int = 1
-    precision: str = "fp32"
-    ema: float = 0.0
-    seed: int = 0
     augmentation: Augmentation = Augmentation()
 
 
@@ -125,30 +119,17 @@ class EpisodicObjective(Objective):
         }
 
 
-class EpisodicRecipe:
+class EpisodicRecipe(Recipe):
     name = "train fsdino"
     schedule = "poly"
-    schedule_per_phase = False
 
     def __init__(
-        self, dataset: Dataset, fold: int, model: FSDino, settings: EpisodicSettings, origin: dict[str, Any]
+        self, dataset: Dataset, fold: int, model: FSDino, settings: EpisodicSettings, origin: Mapping[str, Any]
     ) -> None:
-        """`origin`: data set, fold and the checkpoints that the model was filled from, for the record of the run."""
-        self._settings, self._origin = settings, {**origin, "config": model.config.to_dict()}
-        self.phases = settings.phases
         check_sizes(settings.phases, model.config.encoder.patch, model.config.image_size)
-        self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
-        self.ema, self.seed = settings.ema, settings.seed
-        self.examples = Episodes(
-            dataset, fold, settings.shot, settings.augmentation, model.config.geometry, settings.seed
-        )
-        self.objective = EpisodicObjective(model)
-
-    def settings(self) -> dict[str, Any]:
-        return {"recipe": self.name, **self._origin, **asdict(self._settings)}
+        examples = Episodes(dataset, fold, settings.shot, settings.augmentation, model.config.geometry, settings.seed)
+        super().__init__(settings, {**origin, "config": model.config.to_dict()}, examples, EpisodicObjective(model))
+        self._learn = partial(adamw, list(model.parameters()), settings.rate, settings.decay)
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
-        return [adamw(list(self.objective.parameters()), self._settings.rate, self._settings.decay)]
-
-    def enter(self, phase: int) -> None:
-        """The grid is fixed: one phase."""
+        return [self._learn()]

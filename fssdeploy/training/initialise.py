@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -35,14 +37,14 @@ def mimetic(encoder: DinoVisionTransformer) -> None:
     encoder.pos_embed[0, -table * table :] = 0.5 * _sinusoids(table, dim)
     width = dim // heads
     for block in encoder.blocks:
-        qkv = block.attn.qkv.weight  # type: ignore[union-attr]
+        qkv, proj = (cast(torch.Tensor, each.weight) for each in (block.attn.qkv, block.attn.proj))  # type: ignore[union-attr]
         for head in range(heads):
             left, right = _factors(0.7, 0.7, dim)
             qkv[head * width : (head + 1) * width] = left[:, :width].T
             qkv[dim + head * width : dim + (head + 1) * width] = right[:, :width].T
         left, right = _factors(0.4, -0.4, dim)
         qkv[2 * dim :] = right.T
-        block.attn.proj.weight.copy_(left)  # type: ignore[union-attr]
+        proj.copy_(left)
 
 
 def _factors(noise: float, identity: float, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

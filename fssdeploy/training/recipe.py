@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -36,29 +38,46 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-class Recipe(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every recipe can be told; `rate` and `decay` are AdamW's, `ema` is the decay of the averaged weights."""
+
+    phases: tuple[Phase, ...]
+    rate: float = 1e-3
+    decay: float = 0.01
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: str = "fp32"
+    ema: float = 0.0
+    seed: int = 0
+
+
+class Recipe(ABC):
     """One way to train; ``fssdeploy/training/<recipe>.py``."""
 
     name: str
-    phases: Sequence[Phase]
-    schedule: str
+    schedule = "warmup_cosine"
     # The learning rate follows the schedule within every phase instead of over the run.
-    schedule_per_phase: bool
-    clip: float
-    accumulate: int
-    precision: str
-    ema: float
-    seed: int
-    examples: Examples
-    objective: Objective
+    schedule_per_phase = False
+
+    def __init__(
+        self, settings: RunSettings, origin: Mapping[str, Any], examples: Examples, objective: Objective
+    ) -> None:
+        """`origin`: what it starts from (data set, fold, checkpoints), for the record of the run."""
+        self._settings, self._origin = settings, origin
+        self.phases, self.clip, self.accumulate = settings.phases, settings.clip, settings.accumulate
+        self.precision, self.ema, self.seed = settings.precision, settings.ema, settings.seed
+        self.examples, self.objective = examples, objective
 
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on: a run continues only under the same."""
+        return {"recipe": self.name, **self._origin, **asdict(self._settings)}
 
+    @abstractmethod
     def optimisers(self) -> list[torch.optim.Optimizer]:
         """Optimisers over all trained parameters; the rate they are made with is the schedule's 1."""
 
-    def enter(self, phase: int) -> None:
+    def enter(self, phase: int) -> None:  # noqa: B027 - most recipes have nothing to do
         """Called before the first step of a phase, also on resuming within it."""
 
 

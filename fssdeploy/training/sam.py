@@ -7,7 +7,8 @@ Dice 20:1, squared error of the predicted IoU; of three masks for a lone point o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,24 @@ from fssdeploy.training.augment import Crop, crop
 from fssdeploy.training.initialise import initialise
 from fssdeploy.training.losses import dice, focal
 from fssdeploy.training.pictures import BasePictures
-from fssdeploy.training.recipe import Batch, Objective, muon_and_adamw
+from fssdeploy.training.recipe import Batch, Objective, Recipe, RunSettings, muon_and_adamw
 from fssdeploy.training.schedule import Phase, check_sizes
 
 # Smallest share of the picture that an object must still cover after cropping.
 LEAST_OBJECT = 0.01
 
 
-@dataclass(frozen=True)
-class SamSettings:
+@dataclass(frozen=True, kw_only=True)
+class SamSettings(RunSettings):
+    """`objects`: prompts for each picture; `matrix_rate` is Muon's, for the matrices of the encoder's blocks."""
+
     network: SamConfig
     phases: tuple[Phase, ...] = (Phase(2000, 8, 208),)
     objects: int = 3
-    rate: float = 1e-3
     matrix_rate: float = 0.02
     decay: float = 0.05
-    clip: float = 1.0
-    accumulate: int = 1
     precision: str = "bf16"
     ema: float = 0.998
-    seed: int = 0
     crop: Crop = Crop()
 
 
@@ -137,28 +136,15 @@ def _correction(logits: torch.Tensor, target: torch.Tensor, cell: int) -> tuple[
     return point.unsqueeze(2), sign.long()
 
 
-class SamRecipe:
+class SamRecipe(Recipe):
     name = "pretrain sam"
-    schedule = "warmup_cosine"
-    schedule_per_phase = False
 
-    def __init__(self, pictures: BasePictures, settings: SamSettings, origin: dict[str, Any]) -> None:
-        """`origin`: what the pictures are (data set, fold, ...), for the record of the run."""
-        torch.manual_seed(settings.seed)
-        self._settings, self._origin = settings, origin
-        self.phases = settings.phases
+    def __init__(self, pictures: BasePictures, settings: SamSettings, origin: Mapping[str, Any]) -> None:
         check_sizes(settings.phases, settings.network.patch, settings.network.image_size)
-        self.clip, self.accumulate, self.precision = settings.clip, settings.accumulate, settings.precision
-        self.ema, self.seed = settings.ema, settings.seed
-        self.examples = Objects(pictures, settings.crop, settings.objects, settings.seed)
-        self.objective = PromptObjective(settings.network)
-
-    def settings(self) -> dict[str, Any]:
-        return {"recipe": self.name, **self._origin, **asdict(self._settings)}
+        torch.manual_seed(settings.seed)
+        examples = Objects(pictures, settings.crop, settings.objects, settings.seed)
+        super().__init__(settings, origin, examples, PromptObjective(settings.network))
+        self._rates = settings.rate, settings.matrix_rate, settings.decay
 
     def optimisers(self) -> list[torch.optim.Optimizer]:
-        settings = self._settings
-        return muon_and_adamw(self.objective, settings.rate, settings.matrix_rate, settings.decay)
-
-    def enter(self, phase: int) -> None:
-        """Nothing changes between phases."""
+        return muon_and_adamw(self.objective, *self._rates)

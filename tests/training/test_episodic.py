@@ -28,7 +28,7 @@ SIZE = SMALL.image_size
 def recipe(dataset: Squares | None = None, *, train_adapter: bool = False, steps: int = 2) -> EpisodicRecipe:
     model = fsdino.build(dataclasses.replace(SMALL, train_adapter=train_adapter))
     fill(model, [], untrained_seed=3)
-    settings = EpisodicSettings((Phase(steps, 2, SIZE),), ema=0.5)
+    settings = EpisodicSettings(phases=(Phase(steps, 2, SIZE),), ema=0.5)
     return EpisodicRecipe(dataset or Squares(), 0, model, settings, {"dataset": "squares"})
 
 

@@ -83,13 +83,10 @@ def draw(dataset: object, item: str) -> None:
 
 def halve(source: Path, target: Path) -> None:
     """The same weights in float16: half the size; what is evaluated and exported afterwards is this file."""
-    import safetensors.torch
-
-    from fssdeploy.weights.checkpoint import read_checkpoint
+    from fssdeploy.weights.checkpoint import read_checkpoint, write_checkpoint
 
     checkpoint = read_checkpoint(source)
-    tensors = {name: tensor.half().contiguous() for name, tensor in checkpoint.tensors.items()}
-    target.write_bytes(safetensors.torch.save(tensors, checkpoint.metadata))
+    write_checkpoint(target, {name: tensor.half() for name, tensor in checkpoint.tensors.items()}, checkpoint.metadata)
 
 
 def measure(

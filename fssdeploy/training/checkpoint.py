@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,20 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # torch.load does not compare the checksums
-            if damaged:
-                raise zipfile.BadZipFile(f"{damaged} is damaged")
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        data = file.read_bytes()
+    except OSError as error:
+        raise storage_error(error, file) from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            # torch.load compares no checksums, and fills a tensor with anything when its entry is marked as a folder.
+            marked = [entry.filename for entry in archive.infolist() if entry.external_attr]
+            damaged = [archive.testzip(), *marked]
+            if any(damaged):
+                raise zipfile.BadZipFile(f"damaged parts: {', '.join(filter(None, damaged))}")
+        content: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise ValueError("it is the checkpoint of something else")
         before = content["settings"]
-    except OSError as error:
-        raise storage_error(error, file) from error
     except (
         pickle.UnpicklingError,
         RuntimeError,
@@ -58,6 +63,7 @@ def load(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         ValueError,
         TypeError,
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:
         raise IntegrityError(
             "checkpoint_damaged", f"'{file}' cannot be read", str(error).split("\n")[0], "Delete it to begin again."

@@ -57,11 +57,13 @@ class TeacherCache:
 
     def put(self, key: str, embedding: np.ndarray) -> np.ndarray:
         """Store and return it. MachineError if the disk is full."""
+        # In the order that reading it back gives, so that sums over it come out the same.
+        kept = np.ascontiguousarray(embedding, dtype=np.float16)
         stream = io.BytesIO()
-        np.save(stream, embedding.astype(np.float16))
+        np.save(stream, kept)
         with made_folder(self.folder):
             write_atomic(self.folder / f"{key}.npy", stream.getvalue())
-        return self._keep(key, embedding.astype(np.float16))
+        return self._keep(key, kept)
 
     def _keep(self, key: str, embedding: np.ndarray) -> np.ndarray:
         self._recent[key] = embedding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -10,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
+import safetensors.torch
 import torch
 
 from fssdeploy.errors import InputError
-from fssdeploy.files import open_file
+from fssdeploy.files import open_file, write_atomic
 
 # Published files put the tensors under one of these, or at the top.
 _ENVELOPES = ("state_dict", "model")
+_METADATA = "fssdeploy"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         try:
             with safetensors.safe_open(file, "pt") as content:
                 tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - not a dict
-                return Checkpoint(file, sha256, tensors, content.metadata() or {})
+                return Checkpoint(file, sha256, tensors, _unpacked(content.metadata() or {}))
         except safetensors.SafetensorError as error:
             raise _damaged(file, str(error)) from error
     return Checkpoint(file, sha256, _read_torch(file, start), {})
@@ -74,6 +77,25 @@ def load_strict(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], wh
             "Choose the preset, image size and options that these weights were made for.",
         )
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+
+
+def write_checkpoint(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write safetensors atomically; equal content gives equal bytes. MachineError if it cannot be written.
+
+    The metadata are one entry: safetensors writes several in random order.
+    """
+    packed = {_METADATA: json.dumps(dict(metadata), sort_keys=True)} if metadata else None
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(contiguous, packed))
+
+
+def _unpacked(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What `write_checkpoint` was given; of files from elsewhere their own entries."""
+    try:
+        own = json.loads(metadata.get(_METADATA, "{}"))
+    except ValueError:
+        own = {}
+    return {**metadata, **own} if isinstance(own, dict) else dict(metadata)
 
 
 def _is_safetensors(start: bytes) -> bool:

@@ -6,13 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from fssdeploy.errors import InputError
-from fssdeploy.files import write_atomic
 from fssdeploy.modules.dinov2 import RELEASED, DinoVisionTransformer
-from fssdeploy.weights.checkpoint import Checkpoint, load_strict
+from fssdeploy.weights.checkpoint import Checkpoint, load_strict, write_checkpoint
 
 _HUGGING_FACE = {
     r"^embeddings\.(cls_token|mask_token|register_tokens)$": r"\1",
@@ -73,5 +71,4 @@ def load_dinov2(encoder: DinoVisionTransformer, checkpoint: Checkpoint) -> None:
 
 def save_dinov2(encoder: DinoVisionTransformer, path: str | Path, metadata: dict[str, str]) -> None:
     """Write the encoder as safetensors under the official names; atomic. MachineError if it cannot be written."""
-    tensors = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
-    write_atomic(path, safetensors.torch.save(tensors, metadata))
+    write_checkpoint(path, encoder.state_dict(), metadata)

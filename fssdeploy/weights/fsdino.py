@@ -7,13 +7,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from fssdeploy.errors import InputError
-from fssdeploy.files import write_atomic
 from fssdeploy.systems.fsdino import FSDino, FSDinoConfig, initialise_untrained
-from fssdeploy.weights.checkpoint import Checkpoint, load_strict, read_checkpoint
+from fssdeploy.weights.checkpoint import Checkpoint, load_strict, read_checkpoint, write_checkpoint
 from fssdeploy.weights.dinov2 import is_dinov2, load_dinov2
 from fssdeploy.weights.provenance import Provenance
 from fssdeploy.weights.sam import is_sam, sam_part, sam_size
@@ -58,16 +56,15 @@ def fill(
 
 def save_checkpoint(model: FSDino, path: str | Path, metadata: dict[str, str]) -> None:
     """Write every parameter as safetensors, with the configuration beside them; atomic."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps(model.config.to_dict(), sort_keys=True)
-    write_atomic(path, safetensors.torch.save(tensors, {**metadata, _CONFIG: config}))
+    write_checkpoint(path, model.state_dict(), {**metadata, _CONFIG: config})
 
 
 def save_group(model: FSDino, group: str, path: str | Path, metadata: dict[str, str]) -> None:
     """Write the parameters of one group (encoder, adapter, ...) under its own prefix; atomic."""
-    tensors = {f"{group}.{name}": tensor.contiguous() for name, tensor in getattr(model, group).state_dict().items()}
+    tensors = {f"{group}.{name}": tensor for name, tensor in getattr(model, group).state_dict().items()}
     config = json.dumps(model.config.to_dict(), sort_keys=True)
-    write_atomic(path, safetensors.torch.save(tensors, {**metadata, _CONFIG: config}))
+    write_checkpoint(path, tensors, {**metadata, _CONFIG: config})
 
 
 def _load(model: FSDino, checkpoint: Checkpoint) -> tuple[str, list[str]]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from fssdeploy.errors import InputError
-from fssdeploy.files import write_atomic
 from fssdeploy.modules.sam import PRESETS, Sam
-from fssdeploy.weights.checkpoint import Checkpoint, load_strict
+from fssdeploy.weights.checkpoint import Checkpoint, load_strict, write_checkpoint
 
 PARTS = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
 _WIDTHS = {config.dim: name for name, config in PRESETS.items()}
@@ -50,5 +48,4 @@ def load_sam(sam: Sam, checkpoint: Checkpoint) -> None:
 
 def save_sam(sam: Sam, path: str | Path, metadata: dict[str, str]) -> None:
     """Write the network as safetensors under the official names; atomic. MachineError if it cannot be written."""
-    tensors = {name: tensor.contiguous() for name, tensor in sam.state_dict().items()}
-    write_atomic(path, safetensors.torch.save(tensors, metadata))
+    write_checkpoint(path, sam.state_dict(), metadata)

@@ -324,16 +324,20 @@ def test_settings_that_cannot_be(tmp_path: Path, toy: Toy, code: str) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def change(data: bytes, place: int, bits: int = 1) -> bytes:
+    return data[:place] + bytes([data[place] ^ bits]) + data[place + 1 :]
+
+
 def test_damaged_checkpoints(whole: Path, tmp_path: Path) -> None:
     sound = (whole / checkpoint.FILE).read_bytes()
     weights = state_of(whole)["model"]["out.weight"].numpy().tobytes()
     place = sound.index(weights)
-    flipped = sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :]
+    flipped = [change(sound, place), change(sound, sound.index(b"PK\x01\x02") + 38, 0x10)]  # a weight; "is a folder"
     foreign = tmp_path / "foreign"
     torch.save({"format": "something", "state": torch.zeros(3)}, foreign)
     torch.save([1, 2], tmp_path / "list")
     (tmp_path / "run").mkdir()
-    damaged = [b"", b"text", sound[:100], sound[:-30], flipped, foreign.read_bytes(), (tmp_path / "list").read_bytes()]
+    damaged = [b"", b"text", sound[:100], sound[:-30], *flipped, foreign.read_bytes(), (tmp_path / "list").read_bytes()]
     for data in damaged:
         (tmp_path / "run" / checkpoint.FILE).write_bytes(data)
         with pytest.raises(IntegrityError) as caught:

@@ -1,4 +1,4 @@
-"""Weights that this project trained itself and the artifact exported from them; `MODEL_CARD.md` says how and how good.
+"""Weights that this project trained itself and the artifact exported from them, once `make weights` has made them.
 
 Never imports torch: the artifact runs on the base install.
 """

@@ -224,7 +224,7 @@ def test_banks_that_cannot_be_made(enroll: Callable[..., Answer], workplace: Wor
 
 def test_a_full_disk(workplace: Workplace, small_disk: Path) -> None:
     arguments = ["--image", workplace.first, "--mask", workplace.mask, "--bank", small_disk / "new" / "bank"]
-    for free in (0, 20, 150):  # at the folder, at the index, at the state
+    for free in (0, 20, 90):  # at the folder, at the index, at the state
         (small_disk / "filler").write_bytes(bytes(4096))
         while os.statvfs(small_disk).f_bavail * 4096 > free * 1000:
             with (small_disk / "filler").open("ab") as stream:

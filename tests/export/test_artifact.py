@@ -54,7 +54,7 @@ def test_an_artifact_holds_what_the_issue_names(tiny_artifact: Path) -> None:
         "sources": [],
     }
     assert set(manifest["files"]) == names - {"manifest.json"}
-    assert manifest["preprocessing"] == {"canvas": 238, "patch": 14, "geometry": "squash"}
+    assert manifest["preprocessing"] == {"canvas": PRESETS["tiny"].image_size, "patch": 14, "geometry": "squash"}
     Artifact.open(tiny_artifact).verify()
 
 
@@ -104,13 +104,13 @@ def test_both_forms_of_attention_share_one_weights_file(tiny_artifact: Path) -> 
 
 def test_planned_parameters_are_those_in_the_graphs(tiny_artifact: Path) -> None:
     model, _ = network(PRESETS["tiny"])
-    tables = {"encoder": model.encoder.pos_embed.numel(), "segment": model.position(17, 17).numel(), "enroll": 0}
+    tables = {"encoder": model.encoder.pos_embed.numel(), "segment": model.position(model.config.grid, model.config.grid).numel(), "enroll": 0}
     for stage, table in tables.items():
         graph = onnx.load(str(tiny_artifact / f"{stage}.onnx"), load_external_data=False).graph
         held = sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
         extra = held - stage_parameters(model, stage)
         # Position tables are baked in; LayerScale (2 per block) has gone into the linear layers.
-        folded = 2 * 6 * 160 if stage == "encoder" else 0
+        folded = 2 * model.config.encoder.depth * model.config.encoder.dim if stage == "encoder" else 0
         assert abs(extra + folded - (table if stage == "segment" else 0)) <= 700, (stage, extra, table)
 
 

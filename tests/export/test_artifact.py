@@ -104,7 +104,8 @@ def test_both_forms_of_attention_share_one_weights_file(tiny_artifact: Path) -> 
 
 def test_planned_parameters_are_those_in_the_graphs(tiny_artifact: Path) -> None:
     model, _ = network(PRESETS["tiny"])
-    tables = {"encoder": model.encoder.pos_embed.numel(), "segment": model.position(model.config.grid, model.config.grid).numel(), "enroll": 0}
+    grid = model.config.grid
+    tables = {"encoder": model.encoder.pos_embed.numel(), "segment": model.position(grid, grid).numel(), "enroll": 0}
     for stage, table in tables.items():
         graph = onnx.load(str(tiny_artifact / f"{stage}.onnx"), load_external_data=False).graph
         held = sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT)

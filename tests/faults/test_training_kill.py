@@ -84,7 +84,9 @@ class Nursery:
 
     def __init__(self) -> None:
         command, pipe = [sys.executable, "-c", NURSERY], subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
+        # A child forked from a process with OpenMP threads would wait for them for ever.
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT, env=alone)
 
     def run(self, out: Path, number: int) -> list[str]:
         """The call that was not made, if any, and "killed" or "done"."""

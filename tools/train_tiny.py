@@ -14,7 +14,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -35,24 +37,33 @@ def main() -> None:
     data = ["--data-dir", str(work / "pictures"), "--fold", "0"]
     encoder, sam = work / "dino" / "encoder.safetensors", work / "sam" / "sam.safetensors"
     adapter = work / "distill" / "adapter.safetensors"
-    seconds: dict[str, float] = {}
+    work.mkdir(parents=True, exist_ok=True)
+    spent = work / "seconds.json"
+    seconds: dict[str, float] = json.loads(spent.read_text()) if spent.exists() else {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        """Adds to what the stage took before it was broken off."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
+            spent.write_text(json.dumps(seconds))
+            print(f"{name}: {seconds[name]:.0f} s", flush=True)
 
     def stage(name: str, *command: str) -> None:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "fssdeploy", *command], check=True, cwd=ROOT)
-        seconds[name] = time.perf_counter() - start
-        print(f"{name}: {seconds[name]:.0f} s", flush=True)
+        with timed(name):
+            subprocess.run([sys.executable, "-m", "fssdeploy", *command], check=True, cwd=ROOT)
 
-    start = time.perf_counter()
-    render(work / "pictures")
-    seconds["render"] = time.perf_counter() - start
+    with timed("render"):
+        render(work / "pictures")
     stage("pretrain dino", "pretrain", "dino", *data, "--out", str(work / "dino"))
     stage("pretrain sam", "pretrain", "sam", *data, "--out", str(work / "sam"))
     teach = ["--encoder", str(encoder), "--teacher", str(sam)]
     stage("distill", "distill", "fsdino", *teach, *data, "--pictures", "2000", "--out", str(work / "distill"))
     begin = [part for file in (encoder, sam, adapter) for part in ("--weights", str(file))]
     stage("train", "train", "fsdino", *begin, *data, "--out", str(work / "fsdino"))
-    (work / "seconds.json").write_text(json.dumps(seconds))
 
     halve(work / "fsdino" / "fsdino.safetensors", SHIPPED / "fsdino-tiny.safetensors")
     halve(sam, SHIPPED / "sam-tiny.safetensors")

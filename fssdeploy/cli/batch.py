@@ -7,8 +7,22 @@ from typing import Annotated
 
 import typer
 
-from fssdeploy.cli.common import BankDir, Json, Runtime, emit, progress_lines, say_error
-from fssdeploy.cli.evaluate import SPACES, chosen_runtime, drawn_lists, from_artifact, given_list
+from fssdeploy.cli.common import BankDir, Json, Runtime, emit, emit_failed, progress_lines
+from fssdeploy.cli.evaluate import (
+    DataDir,
+    DatasetName,
+    Episodes,
+    Fold,
+    ListFile,
+    Seed,
+    Shot,
+    Space,
+    System,
+    check_space,
+    chosen_lists,
+    chosen_runtime,
+    from_artifact,
+)
 from fssdeploy.cli.segment import enrolled
 from fssdeploy.errors import InputError
 from fssdeploy.report import Report
@@ -61,21 +75,17 @@ def batch_segment(
 
 @batch_app.command("evaluate")
 def batch_evaluate(
-    system: Annotated[str, typer.Argument(help="The system to evaluate: fsdino.")],
-    dataset: Annotated[str, typer.Option(help="shapes-5i, pascal-5i, coco-20i, ...")],
+    system: System,
+    dataset: DatasetName,
     artifact: ArtifactDir,
     out: Out,
-    data_dir: Annotated[Path | None, typer.Option(help="Directory of the data set; shapes-5i needs none.")] = None,
-    fold: Annotated[str | None, typer.Option(help="A number, or all (the default): every fold and their mean.")] = None,
-    shot: Annotated[int | None, typer.Option(help="Support pictures in an episode; default: 1.")] = None,
-    episodes: Annotated[int | None, typer.Option(help="Episodes in a fold; default: the published protocol's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the episodes and the intervals; default: 0.")] = None,
-    list_file: Annotated[
-        Path | None, typer.Option("--list", help="The episodes of an earlier run, instead of drawing them.")
-    ] = None,
-    space: Annotated[
-        str, typer.Option(help="Measure on the original picture, or on the network's canvas.")
-    ] = "original",
+    data_dir: DataDir = None,
+    fold: Fold = None,
+    shot: Shot = None,
+    episodes: Episodes = None,
+    seed: Seed = None,
+    list_file: ListFile = None,
+    space: Space = "original",
     workers: Workers = None,
     threads: Threads = None,
     shard: ShardOption = "1/1",
@@ -91,14 +101,9 @@ def batch_evaluate(
 
     means = Means.choose(workers, threads, shard, backend)
     engine = chosen_runtime(runtime, artifact)
-    if space not in SPACES:
-        raise InputError("usage", f"there is no space '{space}'", "", f"Choose {' or '.join(SPACES)}.")
+    check_space(space)
     opened = open_dataset(dataset, data_dir)
-    lists = (
-        [given_list(list_file, opened, fold, shot, episodes, seed)]
-        if list_file
-        else drawn_lists(opened, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
-    )
+    lists = chosen_lists(opened, list_file, fold, shot, episodes, seed)
     with progress_lines(as_json) as progress:
         progress("loading")
         subject = from_artifact(system, artifact, engine, means.threads)
@@ -109,10 +114,6 @@ def batch_evaluate(
 
 def _finish(report: Report, error: InputError | None, as_json: bool) -> None:
     """Print the report; then, if items failed, say so and leave with the error's exit code."""
-    if not error:
-        emit(report, as_json)
-        return
-    report.data["error"] = error.to_dict()
+    if error:
+        emit_failed(report, error, as_json)
     emit(report, as_json)
-    say_error(error)
-    raise typer.Exit(error.exit_code)

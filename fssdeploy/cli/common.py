@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -55,6 +55,17 @@ def say(line: str) -> None:
 def say_error(error: FssError) -> None:
     """Print an error to standard error, on one line."""
     say(f"fssdeploy: error[{error.code}]: {error.line()}")
+
+
+def emit_failed(report: Report, error: FssError, as_json: bool) -> NoReturn:
+    """Print a report that tells of a failure, and leave with the failure's exit code.
+
+    Not raised as it is: the report is the one JSON object on standard output, and the error stands in it.
+    """
+    report.data["error"] = error.to_dict()
+    emit(report, as_json)
+    say_error(error)
+    raise typer.Exit(error.exit_code)
 
 
 @contextmanager

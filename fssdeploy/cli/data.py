@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fssdeploy.cli.common import Json, emit, progress_lines, say_error
+from fssdeploy.cli.common import Json, emit, emit_failed, progress_lines
 from fssdeploy.errors import CheckFailedError, InputError
 
 data_app = typer.Typer(help="Look after data sets: check, list episodes, prepare.", no_args_is_help=True)
@@ -47,11 +47,7 @@ def check(name: Name, directory: Directory = None, as_json: Json = False) -> Non
         "; ".join(missing),
         "See the report for what to do.",
     )
-    report.data["error"] = failure.to_dict()
-    emit(report, as_json)
-    # Not raised: the report is the one JSON object on standard output, and the error stands in it.
-    say_error(failure)
-    raise typer.Exit(failure.exit_code)
+    emit_failed(report, failure, as_json)
 
 
 @data_app.command()

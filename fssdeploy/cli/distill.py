@@ -7,22 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from fssdeploy.cli import runs
 from fssdeploy.cli.common import Json
-from fssdeploy.cli.runs import (
-    DataDir,
-    DatasetName,
-    Fold,
-    LogEvery,
-    Options,
-    Out,
-    Phases,
-    SaveEvery,
-    Seed,
-    Started,
-    Threads,
-    Workers,
-    train,
-)
 from fssdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,9 +21,9 @@ def distill(
     system: Annotated[str, typer.Argument(help="fsdino.")],
     encoder: Annotated[Path, typer.Option(help="DINOv2 checkpoint: the student's encoder, which stays as it is.")],
     teacher: Annotated[Path, typer.Option(help="SAM checkpoint: its image encoder is the teacher.")],
-    dataset: DatasetName = "shapes-5i",
-    data_dir: DataDir = None,
-    fold: Fold = 0,
+    dataset: runs.DatasetName = "shapes-5i",
+    data_dir: runs.DataDir = None,
+    fold: runs.Fold = 0,
     preset: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "tiny",
     recipe: Annotated[str | None, typer.Option(help="paper or tiny; default: tiny for the tiny preset.")] = None,
     pictures: Annotated[int | None, typer.Option(help="Use at most so many pictures, evenly over the list.")] = None,
@@ -45,19 +31,19 @@ def distill(
         Path | None, typer.Option(help="Directory of the teacher's features; default: OUT/teacher.")
     ] = None,
     model_options: Annotated[list[str] | None, typer.Option("--model", help="An open choice: NAME=VALUE.")] = None,
-    out: Out = Path("runs/distill"),
-    phases: Phases = None,
-    seed: Seed = 0,
-    options: Options = None,
-    workers: Workers = 1,
-    threads: Threads = None,
-    log_every: LogEvery = 20,
-    save_every: SaveEvery = 200,
+    out: runs.Out = Path("runs/distill"),
+    phases: runs.Phases = None,
+    seed: runs.Seed = 0,
+    options: runs.Options = None,
+    workers: runs.Workers = 1,
+    threads: runs.Threads = None,
+    log_every: runs.LogEvery = 20,
+    save_every: runs.SaveEvery = 200,
     as_json: Json = False,
 ) -> None:
     """Teach the adapter of SYSTEM the embeddings of SAM. Writes OUT/adapter.safetensors."""
     _only_fsdino(system)
-    started = Started(
+    started = runs.Started(
         dataset, data_dir, fold, out, phases, seed, options, workers, threads, log_every, save_every, as_json
     )
 
@@ -91,7 +77,7 @@ def distill(
         save_group(cast(DistillObjective, recipe.objective).student, "adapter", file, metadata)
         return file
 
-    train(started, make, keep)
+    runs.train(started, make, keep)
 
 
 def chosen_recipe(asked: str | None, preset: str) -> str:

@@ -20,18 +20,28 @@ if TYPE_CHECKING:
 RUNTIMES = {"torch": "torch", "onnx": "onnxruntime", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 SPACES = ("original", "canvas")
 
+System = Annotated[str, typer.Argument(help="The system to evaluate: fsdino.")]
+DatasetName = Annotated[str, typer.Option(help="shapes-5i, pascal-5i, coco-20i, ...")]
+DataDir = Annotated[Path | None, typer.Option(help="Directory of the data set; shapes-5i needs none.")]
+Fold = Annotated[str | None, typer.Option(help="A number, or all (the default): every fold and their mean.")]
+Shot = Annotated[int | None, typer.Option(help="Support pictures in an episode; default: 1.")]
+Episodes = Annotated[int | None, typer.Option(help="Episodes in a fold; default: the published protocol's.")]
+Seed = Annotated[int | None, typer.Option(help="Of the episodes and the intervals; default: 0.")]
+ListFile = Annotated[
+    Path | None, typer.Option("--list", help="The episodes of an earlier run, instead of drawing them.")
+]
+Space = Annotated[str, typer.Option(help="Measure on the original picture, or on the network's canvas.")]
+
 
 def evaluate(
-    system: Annotated[str, typer.Argument(help="The system to evaluate: fsdino.")],
-    dataset: Annotated[str, typer.Option(help="shapes-5i, pascal-5i, coco-20i, ...")],
-    data_dir: Annotated[Path | None, typer.Option(help="Directory of the data set; shapes-5i needs none.")] = None,
-    fold: Annotated[str | None, typer.Option(help="A number, or all (the default): every fold and their mean.")] = None,
-    shot: Annotated[int | None, typer.Option(help="Support pictures in an episode; default: 1.")] = None,
-    episodes: Annotated[int | None, typer.Option(help="Episodes in a fold; default: the published protocol's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the episodes and the intervals; default: 0.")] = None,
-    list_file: Annotated[
-        Path | None, typer.Option("--list", help="The episodes of an earlier run, instead of drawing them.")
-    ] = None,
+    system: System,
+    dataset: DatasetName,
+    data_dir: DataDir = None,
+    fold: Fold = None,
+    shot: Shot = None,
+    episodes: Episodes = None,
+    seed: Seed = None,
+    list_file: ListFile = None,
     runtime: Annotated[
         str | None, typer.Option(help="torch, onnx or openvino; default: onnx with --artifact, else torch.")
     ] = None,
@@ -42,9 +52,7 @@ def evaluate(
     variant: Annotated[str | None, typer.Option(help="full, or compact (no 4D correlation); for torch.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="An open choice: NAME=VALUE; for torch.")] = None,
     untrained: Annotated[bool, typer.Option(help="Fill what no checkpoint covers from a seed, and say so.")] = False,
-    space: Annotated[
-        str, typer.Option(help="Measure on the original picture, or on the network's canvas.")
-    ] = "original",
+    space: Space = "original",
     priors: Annotated[bool, typer.Option("--priors", help="Add training-free priors on the same encoder.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Directory to keep it all, and to continue in.")
@@ -57,18 +65,13 @@ def evaluate(
     from fssdeploy.evaluation.run import Run
 
     engine = chosen_runtime(runtime, artifact)
-    if space not in SPACES:
-        raise InputError("usage", f"there is no space '{space}'", "", f"Choose {' or '.join(SPACES)}.")
+    check_space(space)
     for_torch = {"--preset": preset, "--weights": weights, "--image-size": image_size, "--variant": variant}
     given = [name for name, value in {**for_torch, "--set": options, "--untrained": untrained}.items() if value]
     if artifact and given:
         raise InputError("usage", f"{given[0]} cannot be used with --artifact", "the artifact holds its own network")
     opened = open_dataset(dataset, data_dir)
-    lists = (
-        [given_list(list_file, opened, fold, shot, episodes, seed)]
-        if list_file
-        else drawn_lists(opened, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
-    )
+    lists = chosen_lists(opened, list_file, fold, shot, episodes, seed)
     with progress_lines(as_json) as progress:
         progress("loading")
         if artifact:
@@ -92,7 +95,27 @@ def chosen_runtime(asked: str | None, artifact: Path | None) -> str:
     return RUNTIMES[name]
 
 
-def drawn_lists(dataset: Dataset, fold: str, shot: int, episodes: int | None, seed: int) -> list[EpisodeList]:
+def check_space(space: str) -> None:
+    """InputError unless the metric can be taken there."""
+    if space not in SPACES:
+        raise InputError("usage", f"there is no space '{space}'", "", f"Choose {' or '.join(SPACES)}.")
+
+
+def chosen_lists(
+    dataset: Dataset,
+    list_file: Path | None,
+    fold: str | None,
+    shot: int | None,
+    episodes: int | None,
+    seed: int | None,
+) -> list[EpisodeList]:
+    """The episodes to evaluate: those of a file, or drawn, a list for every fold. InputError as below."""
+    if list_file:
+        return [_given_list(list_file, dataset, fold, shot, episodes, seed)]
+    return _drawn_lists(dataset, fold or "all", 1 if shot is None else shot, episodes, seed or 0)
+
+
+def _drawn_lists(dataset: Dataset, fold: str, shot: int, episodes: int | None, seed: int) -> list[EpisodeList]:
     from fssdeploy.data.episodes import EpisodeList
 
     if fold != "all" and not fold.isdecimal():
@@ -110,7 +133,7 @@ def drawn_lists(dataset: Dataset, fold: str, shot: int, episodes: int | None, se
     ]
 
 
-def given_list(
+def _given_list(
     path: Path, dataset: Dataset, fold: str | None, shot: int | None, episodes: int | None, seed: int | None
 ) -> EpisodeList:
     """The list of a file. InputError if it is of another data set, or options ask for something else than it holds."""
@@ -169,7 +192,7 @@ def _from_checkpoints(
     require_export_extra()
     import torch
 
-    from fssdeploy.engines import MAX_THREADS, available_cores
+    from fssdeploy.engines import available_cores, check_threads
     from fssdeploy.engines.torch import TorchEngine
     from fssdeploy.evaluation.evaluate import Canvas
     from fssdeploy.evaluation.run import Subject
@@ -178,8 +201,7 @@ def _from_checkpoints(
     from fssdeploy.weights import fill
     from fssdeploy.weights.provenance import fingerprint
 
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InputError("threads", f"{threads} threads cannot be used", "", f"Give 1 to {MAX_THREADS}.")
+    check_threads(threads)
     module = get_system(system)
     config = configure(system, preset, image_size=image_size, variant=variant, options=options)
     torch.set_num_threads(threads or available_cores())

@@ -7,22 +7,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from fssdeploy.cli import runs
 from fssdeploy.cli.common import Json
-from fssdeploy.cli.runs import (
-    DataDir,
-    DatasetName,
-    Fold,
-    LogEvery,
-    Options,
-    Out,
-    Phases,
-    SaveEvery,
-    Seed,
-    Started,
-    Threads,
-    Workers,
-    train,
-)
 
 if TYPE_CHECKING:
     from fssdeploy.data.dataset import Dataset
@@ -34,23 +20,23 @@ Pictures = Annotated[int | None, typer.Option(help="Use at most so many pictures
 
 @pretrain_app.command()
 def dino(
-    dataset: DatasetName = "shapes-5i",
-    data_dir: DataDir = None,
-    fold: Fold = 0,
+    dataset: runs.DatasetName = "shapes-5i",
+    data_dir: runs.DataDir = None,
+    fold: runs.Fold = 0,
     preset: Annotated[str, typer.Option(help="Whose encoder: tiny, small, base or large.")] = "tiny",
     pictures: Pictures = None,
-    out: Out = Path("runs/dino"),
-    phases: Phases = None,
-    seed: Seed = 0,
-    options: Options = None,
-    workers: Workers = 1,
-    threads: Threads = None,
-    log_every: LogEvery = 20,
-    save_every: SaveEvery = 200,
+    out: runs.Out = Path("runs/dino"),
+    phases: runs.Phases = None,
+    seed: runs.Seed = 0,
+    options: runs.Options = None,
+    workers: runs.Workers = 1,
+    threads: runs.Threads = None,
+    log_every: runs.LogEvery = 20,
+    save_every: runs.SaveEvery = 200,
     as_json: Json = False,
 ) -> None:
     """A DINOv2-style ViT, by dense labels of the base classes. Writes OUT/encoder.safetensors, official names."""
-    started = Started(
+    started = runs.Started(
         dataset, data_dir, fold, out, phases, seed, options, workers, threads, log_every, save_every, as_json
     )
 
@@ -73,28 +59,28 @@ def dino(
         save_dinov2(cast(WordObjective, recipe.objective).encoder, file, metadata)
         return file
 
-    train(started, make, keep)
+    runs.train(started, make, keep)
 
 
 @pretrain_app.command()
 def sam(
-    dataset: DatasetName = "shapes-5i",
-    data_dir: DataDir = None,
-    fold: Fold = 0,
+    dataset: runs.DatasetName = "shapes-5i",
+    data_dir: runs.DataDir = None,
+    fold: runs.Fold = 0,
     preset: Annotated[str, typer.Option(help="tiny, vit_b, vit_l or vit_h.")] = "tiny",
     pictures: Pictures = None,
-    out: Out = Path("runs/sam"),
-    phases: Phases = None,
-    seed: Seed = 0,
-    options: Options = None,
-    workers: Workers = 1,
-    threads: Threads = None,
-    log_every: LogEvery = 20,
-    save_every: SaveEvery = 200,
+    out: runs.Out = Path("runs/sam"),
+    phases: runs.Phases = None,
+    seed: runs.Seed = 0,
+    options: runs.Options = None,
+    workers: runs.Workers = 1,
+    threads: runs.Threads = None,
+    log_every: runs.LogEvery = 20,
+    save_every: runs.SaveEvery = 200,
     as_json: Json = False,
 ) -> None:
     """A promptable SAM (points, boxes, masks), by the objects of the base classes. Writes OUT/sam.safetensors."""
-    started = Started(
+    started = runs.Started(
         dataset, data_dir, fold, out, phases, seed, options, workers, threads, log_every, save_every, as_json
     )
 
@@ -115,4 +101,4 @@ def sam(
         save_sam(cast(PromptObjective, recipe.objective).sam, file, metadata)
         return file
 
-    train(started, make, keep)
+    runs.train(started, make, keep)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fssdeploy.cli.common import Json, Runtime, Threads, emit, progress_lines, say_error
+from fssdeploy.cli.common import Json, Runtime, Threads, emit, emit_failed, progress_lines
 from fssdeploy.cli.enroll import enroll_pictures
 from fssdeploy.errors import InputError
 
@@ -67,10 +67,7 @@ def segment(
     first = skipped[0]
     what = f"{len(skipped)} of {len(files)} pictures were skipped"
     error = InputError("pictures_skipped", what, f"{first['what']}: {first['why']}", first["fix"])
-    report.data["error"] = error.to_dict()
-    emit(report, as_json)
-    say_error(error)
-    raise typer.Exit(error.exit_code)
+    emit_failed(report, error, as_json)
 
 
 def default_artifact() -> Path:

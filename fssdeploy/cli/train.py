@@ -7,23 +7,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from fssdeploy.cli import runs
 from fssdeploy.cli.common import Json
 from fssdeploy.cli.distill import chosen_recipe
-from fssdeploy.cli.runs import (
-    DataDir,
-    DatasetName,
-    Fold,
-    LogEvery,
-    Options,
-    Out,
-    Phases,
-    SaveEvery,
-    Seed,
-    Started,
-    Threads,
-    Workers,
-    train,
-)
 from fssdeploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,9 +22,9 @@ def train_system(
     weights: Annotated[
         list[Path], typer.Option(help="Where it starts: DINOv2 encoder, SAM decoder, distilled adapter; one each.")
     ],
-    dataset: DatasetName = "shapes-5i",
-    data_dir: DataDir = None,
-    fold: Fold = 0,
+    dataset: runs.DatasetName = "shapes-5i",
+    data_dir: runs.DataDir = None,
+    fold: runs.Fold = 0,
     preset: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "tiny",
     recipe: Annotated[str | None, typer.Option(help="paper or tiny; default: tiny for the tiny preset.")] = None,
     variant: Annotated[str | None, typer.Option(help="full, or compact (no 4D correlation).")] = None,
@@ -46,20 +32,20 @@ def train_system(
         list[str] | None,
         typer.Option("--model", help="An open choice: NAME=VALUE (train_adapter=true, svp=none, ...)."),
     ] = None,
-    out: Out = Path("runs/fsdino"),
-    phases: Phases = None,
-    seed: Seed = 0,
-    options: Options = None,
-    workers: Workers = 1,
-    threads: Threads = None,
-    log_every: LogEvery = 20,
-    save_every: SaveEvery = 200,
+    out: runs.Out = Path("runs/fsdino"),
+    phases: runs.Phases = None,
+    seed: runs.Seed = 0,
+    options: runs.Options = None,
+    workers: runs.Workers = 1,
+    threads: runs.Threads = None,
+    log_every: runs.LogEvery = 20,
+    save_every: runs.SaveEvery = 200,
     as_json: Json = False,
 ) -> None:
     """Train the segmenter of SYSTEM on episodes of base classes. Writes OUT/fsdino.safetensors."""
     if system != "fsdino":
         raise InputError("system_unknown", f"'{system}' cannot be trained", "", "Choose from: fsdino.")
-    started = Started(
+    started = runs.Started(
         dataset, data_dir, fold, out, phases, seed, options, workers, threads, log_every, save_every, as_json
     )
 
@@ -89,4 +75,4 @@ def train_system(
         save_checkpoint(cast(EpisodicObjective, recipe.objective).model, file, metadata)
         return file
 
-    train(started, make, keep)
+    runs.train(started, make, keep)

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fssdeploy.data.coco_json import CocoAnnotations, files_finding, read_json
+from fssdeploy.data.coco_json import CocoAnnotations, read_json
 from fssdeploy.data.dataset import Dataset, Finding, Listing, Split, interleaved
-from fssdeploy.data.layout import inside, read_labels
+from fssdeploy.data.layout import files_finding, inside, read_labels
 from fssdeploy.errors import InputError
 from fssdeploy.images.pictures import load_picture
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import numpy as np
 from pycocotools import mask as coco
 
-from fssdeploy.data.dataset import Finding
 from fssdeploy.data.layout import inside
 from fssdeploy.errors import InputError
 from fssdeploy.files import open_file
@@ -148,17 +147,6 @@ def read_json(path: str | os.PathLike[str], object_hook: Callable[[dict[str, Any
         raise InputError(
             "json_malformed", f"'{name}' cannot be read as JSON", str(error), "Download it again."
         ) from error
-
-
-def files_finding(what: str, folder: Path, names: Collection[str], source: str) -> Finding:
-    """Whether the listed files lie in a folder; `source` says where they come from."""
-    if not folder.is_dir():
-        return Finding(what, "missing", f"there is no folder '{folder}'", source)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        detail = f"{len(missing):,} of {len(names):,} are not in '{folder}', such as {missing[0]}"
-        return Finding(what, "missing", detail, source)
-    return Finding(what, "ok", f"{len(names):,} in '{folder}'")
 
 
 def _pack_polygons(entry: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,8 @@ import numpy as np
 from PIL import Image
 
 from fssdeploy.data.class_folders import ClassFolders
-from fssdeploy.data.coco_json import files_finding
 from fssdeploy.data.dataset import Dataset, Finding
-from fssdeploy.data.layout import stems_in
+from fssdeploy.data.layout import files_finding, stems_in
 from fssdeploy.errors import InputError
 from fssdeploy.files import staged_folder, storage_error
 from fssdeploy.images.masks import save_mask

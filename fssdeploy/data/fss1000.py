@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fssdeploy.data.coco_json import files_finding
 from fssdeploy.data.dataset import Dataset, Finding, Listing, Split
 from fssdeploy.data.episodes import Episode
-from fssdeploy.data.layout import counted, grey_mask, inside, read_lines, require_any, stems_in
+from fssdeploy.data.layout import counted, files_finding, grey_mask, inside, read_lines, require_any, stems_in
 from fssdeploy.errors import InputError
 from fssdeploy.images.pictures import load_picture
 

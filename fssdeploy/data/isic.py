@@ -12,9 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fssdeploy.data.class_folders import ClassFolders
-from fssdeploy.data.coco_json import files_finding
 from fssdeploy.data.dataset import Dataset, Finding
-from fssdeploy.data.layout import counted
+from fssdeploy.data.layout import counted, files_finding
 
 PICTURES = {"nevus": 1867, "melanoma": 519, "seborrheic keratosis": 208}
 _INPUT, _TRUTH = "ISIC2018_Task1-2_Training_Input", "ISIC2018_Task1_Training_GroundTruth"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -79,3 +79,14 @@ def counted(what: str, found: int, published: int, source: str = "") -> Finding:
     if found == published:
         return Finding(what, "ok", f"{found:,}")
     return Finding(what, "note" if found else "missing", f"{found:,}; published are {published:,}", source)
+
+
+def files_finding(what: str, folder: Path, names: Collection[str], source: str) -> Finding:
+    """Whether the listed files lie in a folder; `source` says where they come from."""
+    if not folder.is_dir():
+        return Finding(what, "missing", f"there is no folder '{folder}'", source)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        detail = f"{len(missing):,} of {len(names):,} are not in '{folder}', such as {missing[0]}"
+        return Finding(what, "missing", detail, source)
+    return Finding(what, "ok", f"{len(names):,} in '{folder}'")

@@ -23,10 +23,10 @@ from typing import Literal
 
 import numpy as np
 
-from fssdeploy.data.coco_json import CocoAnnotations, files_finding
+from fssdeploy.data.coco_json import CocoAnnotations
 from fssdeploy.data.dataset import Dataset, Finding, Listing, Split
 from fssdeploy.data.episodes import Episode, draw_episode
-from fssdeploy.data.layout import inside
+from fssdeploy.data.layout import files_finding, inside
 from fssdeploy.errors import InputError
 from fssdeploy.images.pictures import load_picture
 

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fssdeploy.data.coco_json import files_finding
 from fssdeploy.data.dataset import IGNORE, Dataset, Finding, Listing, Split, blocks
-from fssdeploy.data.layout import inside, label_mask, read_labels, read_lines, stems_in
+from fssdeploy.data.layout import files_finding, inside, label_mask, read_labels, read_lines, stems_in
 from fssdeploy.errors import InputError
 from fssdeploy.images.pictures import load_picture
 

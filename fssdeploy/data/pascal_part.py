@@ -34,10 +34,10 @@ from typing import Any
 
 import numpy as np
 
-from fssdeploy.data.coco_json import files_finding, read_json
+from fssdeploy.data.coco_json import read_json
 from fssdeploy.data.dataset import Dataset, Finding, Listing, Split
 from fssdeploy.data.episodes import Episode, draw_episode
-from fssdeploy.data.layout import inside
+from fssdeploy.data.layout import files_finding, inside
 from fssdeploy.errors import InputError
 from fssdeploy.images.pictures import load_picture
 from fssdeploy.images.rle import decode_rle

@@ -18,6 +18,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_threads(threads: int | None) -> None:
+    """InputError for a number of threads that no runtime can be given; None stands for a default."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise InputError("threads", f"{threads} threads cannot be used", "", f"Give 1 to {MAX_THREADS}.")
+
+
 def open_engine(
     runtime: str, graphs: Mapping[str, Path], specs: Mapping[str, StageSpec], *, threads: int | None = None
 ) -> Engine:
@@ -25,8 +31,7 @@ def open_engine(
 
     InputError for an unknown runtime or a bad thread count, MachineError if the runtime is not installed.
     """
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise InputError("threads", f"{threads} threads cannot be used", "", f"Give 1 to {MAX_THREADS}.")
+    check_threads(threads)
     count = threads or available_cores()
     try:
         if runtime == "onnxruntime":

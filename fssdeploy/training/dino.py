@@ -21,7 +21,7 @@ from torch import nn
 from fssdeploy.modules.dinov2 import IMAGENET_MEAN, IMAGENET_STD, DinoVisionTransformer, ViTConfig
 from fssdeploy.training.augment import Crop, crop
 from fssdeploy.training.initialise import initialise, mimetic
-from fssdeploy.training.pictures import BasePictures
+from fssdeploy.training.pictures import BasePictures, RandomPictures
 from fssdeploy.training.recipe import Batch, Objective, Recipe, RunSettings, muon_and_adamw
 from fssdeploy.training.schedule import Phase, check_sizes
 
@@ -29,6 +29,8 @@ NOTHING, IGNORED = 254, 255
 # Object numbers that a patch can tell apart; what is beyond counts as no object.
 MOST_OBJECTS = 16
 GEOMETRY = 6
+# Cosines times this are the logits of the words: small enough that being near a word is worth something to the end.
+SHARPNESS = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class DinoSettings(RunSettings):
     """`matrix_rate` is Muon's, for the matrices of the blocks."""
 
     encoder: ViTConfig
-    phases: tuple[Phase, ...] = (Phase(4000, 16, 182),)
+    phases: tuple[Phase, ...] = (Phase(9000, 16, 182),)
     matrix_rate: float = 0.02
     decay: float = 0.05
     precision: str = "bf16"
@@ -44,17 +46,18 @@ class DinoSettings(RunSettings):
     crop: Crop = Crop()
 
 
-class LabelledPictures:
+class LabelledPictures(RandomPictures):
     """Examples: `picture` uint8 (3, S, S); `labels` uint8 (S, S), class index, 254 none, 255 ignored; `objects` uint8
     (S, S), numbers from 1, 0 for none.
     """
 
     def __init__(self, pictures: BasePictures, how: Crop, seed: int) -> None:
-        self.pictures, self.how, self.seed = pictures, how, seed
+        super().__init__(pictures, seed)
+        self.how = how
 
     def draw(self, position: int, attempt: int, size: int) -> Batch:
-        rng = np.random.default_rng([self.seed, position, attempt])
-        regions = self.pictures.regions(self.pictures.draw(rng))
+        rng, item = self.start(position, attempt)
+        regions = self.pictures.regions(item)
         labels = regions.classes.copy()
         labels[labels == -1], labels[labels == -2] = NOTHING, IGNORED
         numbers = np.zeros(labels.shape, np.uint8)
@@ -67,9 +70,6 @@ class LabelledPictures:
             "objects": torch.from_numpy(maps[..., 1].copy()),
         }
 
-    def describe(self, position: int, attempt: int) -> str:
-        return self.pictures.draw(np.random.default_rng([self.seed, position, attempt]))
-
 
 class WordObjective(Objective):
     table: torch.Tensor
@@ -80,8 +80,10 @@ class WordObjective(Objective):
         self.encoder = DinoVisionTransformer(config)
         initialise(self.encoder)
         mimetic(self.encoder)
-        self.head = nn.Linear(config.dim, table.shape[1] + 1)
-        self.geometry = nn.Linear(config.dim, GEOMETRY)
+        self.words = nn.Parameter(torch.randn(table.shape[1] + 1, config.dim))
+        # Leaves the last third of the blocks to turn outlines into words.
+        self.tap = 2 * config.depth // 3 - 1
+        self.geometry = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, GEOMETRY))
         # From a label to what is to be predicted: its words in equal parts, or (last column) that there is nothing.
         # Rows for all values of a label map, so that counts of labels multiply with it; 255 has no part in anything.
         rows = np.zeros((256, table.shape[1] + 1), np.float32)
@@ -93,9 +95,10 @@ class WordObjective(Objective):
         picture, labels = batch["picture"], batch["labels"].long()
         mean = torch.tensor(IMAGENET_MEAN, device=picture.device).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=picture.device).view(1, 3, 1, 1)
-        _, tokens = self.encoder((picture.float() / 255 - mean) / std, 0)
+        early, tokens = self.encoder((picture.float() / 255 - mean) / std, self.tap, tap_norm=False)
         with torch.autocast(picture.device.type, enabled=False):
-            logits, spread = self.head(tokens.float()), self.geometry(tokens.float())
+            logits = SHARPNESS * F.normalize(tokens.float(), dim=-1) @ F.normalize(self.words, dim=-1).T
+            spread = self.geometry(early.float())
         truth = label_counts(labels, self.encoder.config.patch) @ self.table
         known = truth.sum(-1)
         loss = -(truth * logits.log_softmax(-1)).sum(-1)
@@ -136,7 +139,7 @@ def object_geometry(objects: torch.Tensor, patch: int) -> tuple[torch.Tensor, to
     shares = label_counts(objects.clamp_max(MOST_OBJECTS - 1), patch)[..., :MOST_OBJECTS]
     # Every other pixel of every other row is enough for moments, at a quarter of the cost.
     few = objects[:, ::2, ::2]
-    at = (torch.arange(few.shape[1], device=objects.device) * 2 + 0.5) / side
+    at = (torch.arange(few.shape[1], device=objects.device) * 2 + 1) / side
     hot = F.one_hot(few.clamp_max(MOST_OBJECTS - 1), MOST_OBJECTS).flatten(1, 2).float()
     y, x = (axis.flatten() for axis in torch.meshgrid(at, at, indexing="ij"))
     powers = torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y])

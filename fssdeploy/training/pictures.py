@@ -46,3 +46,18 @@ class BasePictures:
             for word in names[each].split():
                 table[each, words.index(word)] = True
         return words, table
+
+
+class RandomPictures:
+    """Examples that show one picture each, drawn anew every time; a subclass says what is made of it."""
+
+    def __init__(self, pictures: BasePictures, seed: int) -> None:
+        self.pictures, self.seed = pictures, seed
+
+    def start(self, position: int, attempt: int) -> tuple[np.random.Generator, str]:
+        """The generator of an example, and the item that it drew first."""
+        rng = np.random.default_rng([self.seed, position, attempt])
+        return rng, self.pictures.draw(rng)
+
+    def describe(self, position: int, attempt: int) -> str:
+        return self.start(position, attempt)[1]

@@ -19,7 +19,7 @@ from fssdeploy.modules.sam import Sam, SamConfig
 from fssdeploy.training.augment import Crop, crop
 from fssdeploy.training.initialise import initialise
 from fssdeploy.training.losses import dice, focal
-from fssdeploy.training.pictures import BasePictures
+from fssdeploy.training.pictures import BasePictures, RandomPictures
 from fssdeploy.training.recipe import Batch, Objective, Recipe, RunSettings, muon_and_adamw
 from fssdeploy.training.schedule import Phase, check_sizes
 
@@ -41,15 +41,15 @@ class SamSettings(RunSettings):
     crop: Crop = Crop()
 
 
-class Objects:
+class Objects(RandomPictures):
     """Examples: `picture` uint8 (3, S, S), `truth` bool (N, S, S), a `point` in each (N, 2) and its `box` (N, 4)."""
 
     def __init__(self, pictures: BasePictures, how: Crop, objects: int, seed: int) -> None:
-        self.pictures, self.how, self.objects, self.seed = pictures, how, objects, seed
+        super().__init__(pictures, seed)
+        self.how, self.objects = how, objects
 
     def draw(self, position: int, attempt: int, size: int) -> Batch:
-        rng = np.random.default_rng([self.seed, position, attempt])
-        item = self.pictures.draw(rng)
+        rng, item = self.start(position, attempt)
         regions = self.pictures.regions(item)
         numbers = np.zeros(regions.picture.shape[:2], np.uint8)
         for number, inside in enumerate(regions.objects, 1):
@@ -67,9 +67,6 @@ class Objects:
             "point": torch.tensor(np.array(points), dtype=torch.float32),
             "box": torch.tensor(np.array(boxes), dtype=torch.float32),
         }
-
-    def describe(self, position: int, attempt: int) -> str:
-        return self.pictures.draw(np.random.default_rng([self.seed, position, attempt]))
 
 
 def _prompt(inside: np.ndarray, rng: np.random.Generator) -> tuple[list[float], list[float]]:

@@ -18,11 +18,13 @@ from fssdeploy.training.augment import Crop
 from fssdeploy.training.dino import (
     IGNORED,
     NOTHING,
+    SHARPNESS,
     DinoRecipe,
     DinoSettings,
     LabelledPictures,
     WordObjective,
     label_counts,
+    object_geometry,
 )
 from fssdeploy.training.pictures import BasePictures
 from fssdeploy.training.sam import Objects, SamRecipe, SamSettings, _correction, _judge
@@ -75,12 +77,53 @@ def test_labelled_pictures_show_base_classes_on_their_pixels() -> None:
     assert others != [stream.describe(position, 0) for position in range(12)]
 
 
+class Always(torch.nn.Module):
+    """An encoder that answers the same token everywhere: these values, then zeros."""
+
+    def __init__(self, config: ViTConfig, values: np.ndarray) -> None:
+        super().__init__()
+        self.config = config
+        self.token = torch.zeros(config.dim)
+        self.token[: len(values)] = torch.from_numpy(values)
+
+    def forward(self, pictures: torch.Tensor, tap: int, *, tap_norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        patches = (pictures.shape[-1] // self.config.patch) ** 2
+        tokens = self.token.expand(len(pictures), patches, -1)
+        return tokens, tokens
+
+
+def test_geometry_by_hand() -> None:
+    """A square over four of sixteen patches, and a bar that fills two of them and a little of two others."""
+    objects = torch.zeros(2, 56, 56, dtype=torch.int64)
+    objects[0, 14:42, 14:42] = 3
+    objects[1, :14, 0:32] = 1
+    target, sure = object_geometry(objects, 14)
+    assert sure[0].view(4, 4).nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    assert sure[1].nonzero().flatten().tolist() == [0, 1]
+    square = 4 * np.pi / 12 - 1  # the variance of a side over the area, against that of a disc
+    np.testing.assert_allclose(target[0, 5], [0.25, 0.25, 2, square, square, 0], atol=0.02)
+    np.testing.assert_allclose(target[0, 10], [-0.25, -0.25, 2, square, square, 0], atol=0.02)
+    root = np.sqrt(32 * 14) / 56
+    spread = [4 * np.pi * side**2 / 12 / (32 * 14) - 1 for side in (32, 14)]
+    wanted = [(16 - 7) / 56 / root, 0, 4 * root, *spread, 0]
+    np.testing.assert_allclose(target[1, 0], wanted, atol=0.05)
+
+
+def test_geometry_follows_a_slant() -> None:
+    rows, columns = np.mgrid[:56, :56]
+    slant = torch.from_numpy((np.abs(rows - columns) < 10).astype(np.int64))[None]
+    falling, _ = object_geometry(slant, 14)
+    rising, _ = object_geometry(slant.flip(2), 14)
+    assert falling[0, 0, 5] > 1 and rising[0, 3, 5] < -1
+
+
 def test_the_loss_by_hand() -> None:
     """Class 0 is one word, class 1 two in equal parts; ignored pixels take no part; no picture shows an object."""
     objective = WordObjective(ENCODER, np.array([[True, False], [True, True]])).eval()
-    torch.nn.init.zeros_(objective.head.weight)
-    logits = np.array([2.0, -1.0, 0.5])  # first word, second word, nothing
-    objective.head.bias = torch.nn.Parameter(torch.tensor(logits, dtype=torch.float32))
+    cosines = np.array([0.64, -0.48, 0.6])  # first word, second word, nothing
+    objective.words = torch.nn.Parameter(2 * torch.eye(3, ENCODER.dim))
+    objective.encoder = Always(ENCODER, 5 * cosines)
+    logits = SHARPNESS * cosines
     cost = np.log(np.exp(logits).sum()) - logits
     labels = torch.full((4, 28, 28), NOTHING, dtype=torch.uint8)
     labels[0, :14, :14] = 1

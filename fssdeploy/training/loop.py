@@ -12,7 +12,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from fssdeploy.training.recipe import Batch, Examples, Recipe
 from fssdeploy.training.schedule import SCHEDULES, Place, locate
 
 LOG = "log.jsonl"
+SKIPPED = "skipped.jsonl"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Draws for one position before the data are given up.
 ATTEMPTS = 20
@@ -196,8 +197,17 @@ def run(
         if average:
             average.update(objective)
 
-        skipped = sum(attempt for _, examples in parts for _, attempt in examples)
-        tally.skipped += _over_processes(values, skipped, on)
+        skipped = [
+            recipe.examples.describe(position, failed)
+            for _, examples in parts
+            for position, attempt in examples
+            for failed in range(attempt)
+        ]
+        skipped = _over_processes(values, skipped, on)
+        tally.skipped += len(skipped)
+        if log and skipped:
+            log.skip(step + 1, skipped)
+            progress(f"{recipe.name} step {step + 1}: cannot be read, skipped: {'; '.join(skipped)}")
         for name, value in values.items():
             tally.sums[name] = tally.sums.get(name, 0.0) + float(value)
         tally.count += 1
@@ -326,15 +336,20 @@ def _shares(positions: range, rank: int, world: int, accumulate: int) -> list[ra
     return [mine[index * size : (index + 1) * size] for index in range(accumulate)]
 
 
-def _over_processes(values: dict[str, torch.Tensor], skipped: int, on: Machine) -> int:
-    """Turn `values` into means over the processes; the sum of `skipped`."""
+def _over_processes(values: dict[str, torch.Tensor], skipped: list[str], on: Machine) -> list[str]:
+    """Turn `values` into means over the processes; everything that any of them skipped."""
     if on.world == 1:
         return skipped
     names = sorted(values)
-    together = torch.stack([*(values[name] for name in names), torch.tensor(float(skipped), device=on.device)])
+    count = torch.tensor(float(len(skipped)), device=on.device)
+    together = torch.stack([*(values[name] for name in names), count])
     torch.distributed.all_reduce(together)
     values.update(zip(names, together / on.world, strict=False))
-    return round(float(together[-1]))
+    if not together[-1]:
+        return []
+    everywhere: list[list[str]] = [[] for _ in range(on.world)]
+    torch.distributed.all_gather_object(everywhere, skipped)
+    return [each for part in everywhere for each in part]
 
 
 def _fail(
@@ -384,12 +399,17 @@ class _Average:
 
 
 class _Log:
-    """One JSON line for every few steps, and TensorBoard where it is installed; lines of lost steps are dropped."""
+    """One JSON line for every few steps, and TensorBoard where it is installed; what was skipped in a file of its own.
+
+    Lines of steps that were lost with a kill are dropped.
+    """
 
     def __init__(self, out: Path, start: int) -> None:
-        self.file = out / LOG
-        kept = [line for line in read_log(out) if line["step"] <= start]
-        write_atomic(self.file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.out = out
+        for name in (LOG, SKIPPED):
+            kept = [line for line in read_log(out, name) if line["step"] <= start]
+            if name == LOG or (out / name).exists():
+                write_atomic(out / name, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.board = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -399,23 +419,29 @@ class _Log:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start)
 
     def write(self, line: dict[str, float]) -> None:
-        try:
-            with self.file.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise storage_error(error, self.file) from error
+        self._append(LOG, line)
         if self.board:
             for name, value in line.items():
                 self.board.add_scalar(name, value, int(line["step"]))
+
+    def skip(self, step: int, examples: list[str]) -> None:
+        self._append(SKIPPED, {"step": step, "examples": examples})
 
     def close(self) -> None:
         if self.board:
             self.board.close()
 
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        try:
+            with (self.out / name).open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise storage_error(error, self.out / name) from error
 
-def read_log(out: Path) -> list[dict[str, float]]:
+
+def read_log(out: Path, name: str = LOG) -> list[dict[str, Any]]:
     """The log of a run, without a line cut short by a kill."""
-    file = out / LOG
+    file = out / name
     lines = []
     for text in file.read_text().splitlines() if file.exists() else []:
         try:

@@ -16,7 +16,7 @@ import torch
 from fssdeploy import files
 from fssdeploy.errors import CheckFailedError, InputError, IntegrityError, MachineError
 from fssdeploy.training import checkpoint
-from fssdeploy.training.loop import ATTEMPTS, LOG, read_log
+from fssdeploy.training.loop import ATTEMPTS, LOG, SKIPPED, read_log
 from fssdeploy.training.recipe import Batch, Objective
 from fssdeploy.training.schedule import Phase
 from tests.training.toys import (
@@ -60,6 +60,7 @@ def test_continued_as_if_never_stopped(tmp_path: Path, log_every: int, save_ever
             train(stop_at(toy(), step), out, **every)
         continued = train(toy(), out, **every)
         check_same_end(out, tmp_path / "whole")
+        assert read_log(out, SKIPPED) == read_log(tmp_path / "whole", SKIPPED)
         assert continued.steps == STEPS - step // save_every * save_every
         assert (continued.skipped, continued.last) == (3, outcome.last)
 
@@ -189,6 +190,9 @@ def test_unreadable_pictures_are_replaced_and_counted(whole: Path, tmp_path: Pat
     outcome = train(toy(), tmp_path / "run", workers, log_every=1)
     assert outcome.skipped == 4
     assert [line["skipped"] for line in read_log(tmp_path / "run")] == [1, 1, 3, 3, 3, 3, 4, 4, 4]
+    # Steps of four, then of eight from the sixth on: position 35 comes in the seventh.
+    named = [(line["step"], line["examples"]) for line in read_log(tmp_path / "run", SKIPPED)]
+    assert named == [(1, ["2/0"]), (3, ["9/0", "9/1"]), (7, ["35/0"])]
     train(toy(), tmp_path / "again", 1 - workers, log_every=1)
     check_same_end(tmp_path / "again", tmp_path / "run")
     assert log_of(tmp_path / "run")[0]["loss"] != log_of(whole)[0]["loss"]

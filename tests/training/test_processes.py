@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed
 
-from fssdeploy.training.loop import LOG
+from fssdeploy.training.loop import LOG, SKIPPED, read_log
 from fssdeploy.training.recipe import Recipe
 from tests.training.toys import Stopped, Toy, Vectors, log_of, state_of, stop_at, train
 
@@ -101,6 +101,7 @@ def test_with_accumulation_and_unreadable_pictures_on_both(pair: tuple[Path, lis
     out = pair[0] / "accumulated"
     check_close(out, tmp_path / "one", toys()["accumulated"])
     assert [line["skipped"] for line in log_of(out)] == [3] * 6 + [4] * 3
+    assert read_log(out, SKIPPED) == read_log(tmp_path / "one", SKIPPED) != []
 
 
 def test_one_process_continues_what_two_began(pair: tuple[Path, list[str]], tmp_path: Path) -> None:

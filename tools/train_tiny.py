@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "fssdeploy" / "shipped"
@@ -68,7 +69,7 @@ def main() -> None:
     halve(work / "fsdino" / "fsdino.safetensors", SHIPPED / "fsdino-tiny.safetensors")
     halve(sam, SHIPPED / "sam-tiny.safetensors")
     stage("export", "export", "fsdino", "--out", str(SHIPPED / "fsdino-tiny"))
-    measure(work, "fsdino-tiny", ["--artifact", str(SHIPPED / "fsdino-tiny")], seconds)
+    write_card(measure(work, "fsdino-tiny", ["--artifact", str(SHIPPED / "fsdino-tiny")], seconds))
     if arguments.ablation:
         for name, options in ABLATION.items():
             stage(name, "train", "fsdino", *begin, *data, *options, "--out", str(work / name))
@@ -102,19 +103,42 @@ def halve(source: Path, target: Path) -> None:
 
 def measure(
     work: Path, name: str, network: list[str], seconds: dict[str, float], shots: tuple[int, ...] = (1, 5)
-) -> None:
-    """1,000 episodes of the held-out fold, with training-free priors beside the 1-shot figures."""
-    result: dict[str, object] = {"command": "python tools/train_tiny.py --ablation", "seconds": seconds}
+) -> dict[str, Any]:
+    """1,000 episodes of the held-out fold, with training-free priors beside them; kept under benchmarks/results."""
+    from fssdeploy.benchmarks.machine import describe_machine
+
+    result: dict[str, Any] = {"command": "python tools/train_tiny.py --ablation"}
+    result |= {"machine": describe_machine(), "seconds": dict(seconds)}
     for shot in shots:
         command = ["evaluate", "fsdino", "--dataset", "shapes-5i", "--fold", "0", "--shot", str(shot)]
-        command += ["--episodes", "1000", "--seed", str(EVALUATION_SEED), *network, "--json"]
-        command += ["--out", str(work / f"evaluate-{name}-{shot}"), *(["--priors"] if shot == 1 else [])]
+        command += ["--episodes", "1000", "--seed", str(EVALUATION_SEED), *network, "--json", "--priors"]
+        command += ["--out", str(work / f"evaluate-{name}-{shot}")]
         done = subprocess.run([sys.executable, "-m", "fssdeploy", *command], check=True, cwd=ROOT, capture_output=True)
         found = json.loads(done.stdout)
         found.pop("files", None)
         result[f"{shot}-shot"] = found
         print(f"{name} {shot}-shot: mIoU {found['miou']:.1f}, FB-IoU {found['fb_iou']:.1f}", flush=True)
-    (RESULTS / f"shapes-5i-{name}.json").write_text(json.dumps(result, indent=1))
+    (RESULTS / f"shapes-5i-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def write_card(result: dict[str, Any]) -> None:
+    """The model card of the shipped weights, with the figures of `result`."""
+    rows = []
+    for shot in (1, 5):
+        found = result[f"{shot}-shot"]
+        prior, best = max(found["priors"].items(), key=lambda item: item[1]["miou"])
+        low, high = found["interval"]
+        rows.append(
+            f"| {shot}-shot | {found['miou']:.1f} | {low:.1f} to {high:.1f} | {found['fb_iou']:.1f} |"
+            f" {prior}: {best['miou']:.1f} |"
+        )
+    minutes = {name: seconds / 60 for name, seconds in result["seconds"].items()}
+    stages = [f"| {name} | {spent:.0f} min |" for name, spent in {**minutes, "together": sum(minutes.values())}.items()]
+    machine = f"{result['machine']['cpu']}, {result['machine']['cores']} cores, no GPU"
+    template = (ROOT / "tools" / "model_card.md").read_text()
+    text = template.format(rows="\n".join(rows), stages="\n".join(stages), machine=machine)
+    (SHIPPED / "MODEL_CARD.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class SamSettings(RunSettings):
     """`objects`: prompts for each picture; `matrix_rate` is Muon's, for the matrices of the encoder's blocks."""
 
     network: SamConfig
-    phases: tuple[Phase, ...] = (Phase(2000, 8, 208),)
+    phases: tuple[Phase, ...] = (Phase(1500, 8, 208),)
     objects: int = 3
     matrix_rate: float = 0.02
     decay: float = 0.05

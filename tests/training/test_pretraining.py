@@ -25,6 +25,7 @@ from fssdeploy.training.dino import (
     WordObjective,
     label_counts,
     object_geometry,
+    rivals,
 )
 from fssdeploy.training.pictures import BasePictures
 from fssdeploy.training.sam import Objects, SamRecipe, SamSettings, _correction, _judge
@@ -77,6 +78,25 @@ def test_labelled_pictures_show_base_classes_on_their_pixels() -> None:
     assert others != [stream.describe(position, 0) for position in range(12)]
 
 
+def test_combinations_that_nobody_has_shown_count_for_nothing() -> None:
+    words = ["bus", "disc", "light", "plain", "ring", "striped", "traffic"]
+    names = ["striped disc", "striped ring", "plain ring", "bus", "traffic light", ""]
+    table = np.array([[word in name.split() for word in words] for name in names])
+    told = {
+        (names[index], words[word]): {words[other] for other in np.flatnonzero(row)}
+        for index, word, row in zip(*rivals(table), strict=True)
+    }
+    assert sum(len(name.split()) for name in names) == len(told)
+    unrelated = {"bus", "light", "traffic"}
+    assert told["striped disc", "disc"] == {"ring"} | unrelated
+    assert told["striped disc", "striped"] == unrelated  # nobody has shown a plain disc
+    assert told["striped ring", "striped"] == {"plain"} | unrelated
+    assert told["striped ring", "ring"] == {"disc"} | unrelated
+    assert told["plain ring", "ring"] == unrelated and told["plain ring", "plain"] == {"striped"} | unrelated
+    assert told["bus", "bus"] == set(words) - {"bus"}
+    assert told["traffic light", "light"] == set(words) - {"traffic", "light"}
+
+
 class Always(torch.nn.Module):
     """An encoder that answers the same token everywhere: these values, then zeros."""
 
@@ -93,50 +113,56 @@ class Always(torch.nn.Module):
 
 
 def test_geometry_by_hand() -> None:
-    """A square over four of sixteen patches, and a bar that fills two of them and a little of two others."""
+    """A square over four of sixteen patches, and a bar that fills two of them and a little of a third."""
     objects = torch.zeros(2, 56, 56, dtype=torch.int64)
     objects[0, 14:42, 14:42] = 3
     objects[1, :14, 0:32] = 1
-    target, sure = object_geometry(objects, 14)
+    place, outline, sure = object_geometry(objects, 14)
     assert sure[0].view(4, 4).nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
     assert sure[1].nonzero().flatten().tolist() == [0, 1]
-    square = 4 * np.pi / 12 - 1  # the variance of a side over the area, against that of a disc
-    np.testing.assert_allclose(target[0, 5], [0.25, 0.25, 2, square, square, 0], atol=0.02)
-    np.testing.assert_allclose(target[0, 10], [-0.25, -0.25, 2, square, square, 0], atol=0.02)
+    np.testing.assert_allclose(place[0, 5], [0.25, 0.25, 2], atol=1e-5)
+    np.testing.assert_allclose(place[0, 10], [-0.25, -0.25, 2], atol=1e-5)
     root = np.sqrt(32 * 14) / 56
-    spread = [4 * np.pi * side**2 / 12 / (32 * 14) - 1 for side in (32, 14)]
-    wanted = [(16 - 7) / 56 / root, 0, 4 * root, *spread, 0]
-    np.testing.assert_allclose(target[1, 0], wanted, atol=0.05)
+    np.testing.assert_allclose(place[1, 0], [(16 - 7) / 56 / root, 0, 4 * root], atol=1e-5)
+    # The window is twice the side of the square, so its middle half is filled.
+    middle = np.zeros((12, 12))
+    middle[3:9, 3:9] = 1
+    np.testing.assert_allclose(outline[0, 5].view(12, 12), middle, atol=0.3)
+    assert (outline[0, 5].view(12, 12).numpy().round() == middle).all()
+    assert torch.equal(outline[0, 5], outline[0, 10])
+    bar = outline[1, 0].view(12, 12)
+    assert bar.mean() == pytest.approx(1 / 4, rel=0.1)  # whatever the object, its area is a quarter of the window
+    assert (bar.sum(0) > 0.5).sum() == pytest.approx(12 * 32 / 56 / root / 2, abs=1)
+    assert (bar.sum(1) > 0.5).sum() == pytest.approx(12 * 14 / 56 / root / 2, abs=1)
 
 
-def test_geometry_follows_a_slant() -> None:
+def test_outlines_follow_a_slant() -> None:
     rows, columns = np.mgrid[:56, :56]
     slant = torch.from_numpy((np.abs(rows - columns) < 10).astype(np.int64))[None]
-    falling, _ = object_geometry(slant, 14)
-    rising, _ = object_geometry(slant.flip(2), 14)
-    assert falling[0, 0, 5] > 1 and rising[0, 3, 5] < -1
+    falling = object_geometry(slant, 14)[1][0, 0].view(12, 12)
+    rising = object_geometry(slant.flip(2), 14)[1][0, 3].view(12, 12)
+    assert falling[1, 1] > 0.9 and falling[1, 10] < 0.1
+    torch.testing.assert_close(rising, falling.flip(1), atol=0.4, rtol=0)  # every other pixel is read
 
 
 def test_the_loss_by_hand() -> None:
-    """Class 0 is one word, class 1 two in equal parts; ignored pixels take no part; no picture shows an object."""
-    objective = WordObjective(ENCODER, np.array([[True, False], [True, True]])).eval()
-    cosines = np.array([0.64, -0.48, 0.6])  # first word, second word, nothing
-    objective.words = torch.nn.Parameter(2 * torch.eye(3, ENCODER.dim))
+    """One word, and two classes that add one of two others to it; ignored pixels take no part."""
+    objective = WordObjective(ENCODER, np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)).eval()
+    cosines = np.array([0.64, -0.48, 0.36, 0.48])  # three words and nothing
+    objective.words = torch.nn.Parameter(2 * torch.eye(4, ENCODER.dim))
     objective.encoder = Always(ENCODER, 5 * cosines)
-    logits = SHARPNESS * cosines
-    cost = np.log(np.exp(logits).sum()) - logits
+    first, second, third = SHARPNESS * cosines[:3]
+    nothing = SHARPNESS * (2 * cosines[3] - 1)
+    thing, empty = np.log1p(np.exp(nothing)), np.log1p(np.exp(-nothing))
+    lone = np.log(np.exp([first, second, third]).sum()) - first  # told from all words
+    pair = np.log(np.exp(second) + np.exp(third)) - second  # its first word from none, its second from the third
     labels = torch.full((4, 28, 28), NOTHING, dtype=torch.uint8)
     labels[0, :14, :14] = 1
     labels[1, :14] = 0
     labels[1, 14:] = IGNORED
     labels[2, :, :14] = 0
     labels[3] = IGNORED
-    wanted = [
-        (0.5 * cost[0] + 0.5 * cost[1] + 3 * cost[2]) / 4,
-        cost[0],
-        (cost[0] + cost[2]) / 2,
-        0.0,
-    ]
+    wanted = [(pair + thing + 3 * empty) / 4, lone + thing, (lone + thing + empty) / 2, 0.0]
     batch = {"picture": torch.zeros(4, 3, 28, 28, dtype=torch.uint8), "labels": labels}
     batch["objects"] = torch.zeros_like(labels)
     with torch.no_grad():
@@ -144,8 +170,8 @@ def test_the_loss_by_hand() -> None:
         each = [objective({name: tensor[[index]] for name, tensor in batch.items()}) for index in range(4)]
     assert [float(one["loss"]) for one in each] == pytest.approx(wanted, rel=1e-5)
     assert float(found["loss"]) == pytest.approx(np.mean(wanted), rel=1e-5)
-    # "First word" is always said: in the first picture's object both words are named, the two likeliest are they.
-    assert [float(one["words"]) for one in each[:3]] == [1.0, 1.0, 1.0]
+    # The likeliest words are the first and the third; an object is always seen.
+    assert [float(one["words"]) for one in each[:3]] == [0.5, 1.0, 1.0]
     assert [float(one["objects"]) for one in each[:3]] == [0.25, 0.5, 0.5]
 
 

@@ -14,13 +14,13 @@ STAMP := .venv/ready
 export TORCH_BUILD TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint typecheck contracts tree unit slow bench weights clean
+.PHONY: help setup serving demo test lint typecheck contracts tree unit slow bench weights clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "settings: PYTHON=python3 (for .venv), TORCH_BUILD=cpu|cuda, TORCH_INDEX=URL, PRESET, WEIGHTS, WORKERS"
 
-setup: ## make .venv with the fssdeploy command, for export, training, OpenVINO and tests
+setup: ## make .venv with the fssdeploy command, for export, training, OpenVINO, serving and tests
 	@rm -f $(STAMP)
 	$(PYTHON) tools/setup.py
 	@touch $(STAMP)
@@ -28,6 +28,9 @@ setup: ## make .venv with the fssdeploy command, for export, training, OpenVINO 
 $(STAMP): pyproject.toml tools/setup.py
 	$(PYTHON) tools/setup.py
 	@touch $@
+
+serving: $(STAMP) ## make the private environment of the Triton server (FSSDEPLOY_SERVING=DIR)
+	$(BIN)/fssdeploy serve --setup
 
 demo: $(STAMP) ## export, prove the export, enrol and segment into demo_out (PRESET=tiny WEIGHTS=)
 	$(BIN)/fssdeploy demo --export --preset $(PRESET) $(foreach file,$(WEIGHTS),--weights "$(file)") --out demo_out
@@ -48,7 +51,7 @@ tree: $(STAMP)
 	@$(BIN)/python tools/link_tree.py
 
 # Neighbouring tests start in the same process, so most of what they share is made once.
-unit: $(STAMP) ## the tests alone (WORKERS=2 processes)
+unit: $(STAMP) ## the tests alone (WORKERS=2 processes); with the real server if `make serving` was run before
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 slow: $(STAMP) ## full-size networks and long runs as well

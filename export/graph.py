@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper, shape_inference
 from onnx.external_data_helper import ExternalDataInfo
 

@@ -6,12 +6,13 @@ The same code runs on PyTorch modules and on exported graphs. Never imports torc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fssdeploy.errors import InputError, IntegrityError
-from fssdeploy.images.geometry import fit_mask, fit_picture, place, unfit
+from fssdeploy.images.geometry import Placement, fit_mask, fit_picture, place, unfit
 from fssdeploy.images.masks import Mask, mask_from_array
 from fssdeploy.protocol import BATCH, ClassState, Engine, Features, Masks, StageSpec
 
@@ -38,6 +39,79 @@ def run_in_chunks(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def mean_of_shots(per_shot: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a class state from those of its k shots, each (k, ...): their plain mean."""
+    return {name: array.mean(0, dtype=np.float64).astype(array.dtype) for name, array in per_shot.items()}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures and masks come to lie on an encoder's square canvas: its side, a patch's side, `place`'s mode."""
+
+    canvas: int
+    patch: int
+    geometry: str
+
+    def fit_pictures(self, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Placement]]:
+        """Pictures, each uint8 RGB (height, width, 3), to an encoder's input uint8 (n, 3, S, S) and their places in it.
+
+        InputError for anything else.
+        """
+        if not pictures:
+            raise InputError("no_pictures", "there is no picture to encode", "", "Give at least one.")
+        for picture in pictures:
+            if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
+                got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+                raise InputError(
+                    "not_a_picture",
+                    f"a picture was given as {got}",
+                    "pictures are uint8 RGB arrays (height, width, 3)",
+                    "Read files with fssdeploy.images.pictures.load_picture.",
+                )
+        placements = [place(picture.shape[0], picture.shape[1], self.canvas, self.geometry) for picture in pictures]
+        canvases = [fit_picture(picture, where) for picture, where in zip(pictures, placements, strict=True)]
+        return np.stack(canvases).transpose(0, 3, 1, 2), placements
+
+    def fit_masks(self, masks: Sequence[Mask | np.ndarray], placements: Sequence[Placement]) -> np.ndarray:
+        """One mask for each placed picture, at the picture's size, to float32 (k, 1, S, S).
+
+        InputError if their number differs, or a mask is empty, of another size, or so small that no feature cell sees
+        the object.
+        """
+        if len(masks) != len(placements):
+            raise InputError(
+                "masks_count",
+                f"{len(placements)} pictures came with {len(masks)} masks",
+                "",
+                "Give one mask for each picture.",
+            )
+        pairs = zip(masks, placements, strict=True)
+        return np.stack([self._fit_mask(mask, where, number) for number, (mask, where) in enumerate(pairs, 1)])[:, None]
+
+    def _fit_mask(self, mask: Mask | np.ndarray, where: Placement, number: int) -> np.ndarray:
+        chosen = mask if isinstance(mask, Mask) else mask_from_array(mask)
+        if chosen.object.shape != (where.height, where.width):
+            raise InputError(
+                "mask_size",
+                f"mask {number} is {' x '.join(map(str, chosen.object.shape))} pixels (height x width)",
+                f"its picture is {where.height} x {where.width}",
+                "Masks are never resized: make it at the picture's size.",
+            )
+        if not chosen.object.any():
+            raise InputError("mask_empty", f"mask {number} marks nothing", "", "Mark the object in every picture.")
+        fitted = fit_mask(chosen.object, where)
+        cells = self.canvas // self.patch
+        coverage = float(fitted.reshape(cells, self.patch, cells, self.patch).mean((1, 3)).max())
+        if coverage < MIN_COVERAGE:
+            raise InputError(
+                "object_vanishes",
+                f"the object in mask {number} is too small to be seen",
+                f"it fills {coverage:.1%} of the feature cell it fills most; {MIN_COVERAGE:.0%} are needed",
+                "Crop the picture around the object, or export with a larger --image-size.",
+            )
+        return fitted
+
+
 class StagedSystem:
     """A system whose stages `encoder`, `enroll` and `segment` chain by the names of their tensors."""
 
@@ -53,27 +127,12 @@ class StagedSystem:
         self.specs = dict(specs)
         self.engine = engine
         self.fingerprint = fingerprint
-        self._canvas: int = preprocessing["canvas"]
-        self._patch: int = preprocessing["patch"]
-        self._geometry: str = preprocessing["geometry"]
+        self.preprocessing = Preprocessing(*(preprocessing[key] for key in ("canvas", "patch", "geometry")))
 
     def encode(self, pictures: Sequence[np.ndarray]) -> Features:
         """Features of pictures, each uint8 RGB (height, width, 3) of any size. InputError for anything else."""
-        if not pictures:
-            raise InputError("no_pictures", "there is no picture to encode", "", "Give at least one.")
-        for picture in pictures:
-            if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (3,):
-                got = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
-                raise InputError(
-                    "not_a_picture",
-                    f"a picture was given as {got}",
-                    "pictures are uint8 RGB arrays (height, width, 3)",
-                    "Read files with fssdeploy.images.pictures.load_picture.",
-                )
         spec = self._spec("encoder")
-        placements = [place(picture.shape[0], picture.shape[1], self._canvas, self._geometry) for picture in pictures]
-        canvases = [fit_picture(picture, where) for picture, where in zip(pictures, placements, strict=True)]
-        batch = np.stack(canvases).transpose(0, 3, 1, 2)
+        batch, placements = self.preprocessing.fit_pictures(pictures)
         return Features(run_in_chunks(self.engine, spec, {spec.inputs[0].name: batch}), placements, self.fingerprint)
 
     def enroll(self, features: Features, masks: Sequence[Mask | np.ndarray]) -> ClassState:
@@ -82,18 +141,10 @@ class StagedSystem:
         InputError if a mask is empty, of another size, or so small that no feature cell sees the object.
         """
         self._check_origin(features.fingerprint, "features")
-        if len(masks) != len(features):
-            raise InputError(
-                "masks_count",
-                f"{len(features)} pictures came with {len(masks)} masks",
-                "",
-                "Give one mask for each picture.",
-            )
+        fitted = self.preprocessing.fit_masks(masks, features.placements)
         spec = self._spec("enroll")
-        fitted = np.stack([self._fit_mask(features, index, mask) for index, mask in enumerate(masks)])
-        inputs = self._gather(spec, features.tensors, {"mask": fitted[:, None]})
-        per_shot = run_in_chunks(self.engine, spec, inputs)
-        tensors = {name: array.mean(0, dtype=np.float64).astype(array.dtype) for name, array in per_shot.items()}
+        inputs = self._gather(spec, features.tensors, {"mask": fitted})
+        tensors = mean_of_shots(run_in_chunks(self.engine, spec, inputs))
         return ClassState(tensors, len(masks), self.fingerprint)
 
     def segment(self, features: Features, states: Mapping[str, ClassState]) -> Masks:
@@ -131,30 +182,6 @@ class StagedSystem:
         """The inputs of a stage, by name, from what the stages before it returned."""
         available = {name: array for source in sources for name, array in source.items()}
         return {tensor.name: available[tensor.name] for tensor in spec.inputs if tensor.name in available}
-
-    def _fit_mask(self, features: Features, index: int, mask: Mask | np.ndarray) -> np.ndarray:
-        where = features.placements[index]
-        chosen = mask if isinstance(mask, Mask) else mask_from_array(mask)
-        if chosen.object.shape != (where.height, where.width):
-            raise InputError(
-                "mask_size",
-                f"mask {index + 1} is {' x '.join(map(str, chosen.object.shape))} pixels (height x width)",
-                f"its picture is {where.height} x {where.width}",
-                "Masks are never resized: make it at the picture's size.",
-            )
-        if not chosen.object.any():
-            raise InputError("mask_empty", f"mask {index + 1} marks nothing", "", "Mark the object in every picture.")
-        fitted = fit_mask(chosen.object, where)
-        cells = self._canvas // self._patch
-        coverage = float(fitted.reshape(cells, self._patch, cells, self._patch).mean((1, 3)).max())
-        if coverage < MIN_COVERAGE:
-            raise InputError(
-                "object_vanishes",
-                f"the object in mask {index + 1} is too small to be seen",
-                f"it fills {coverage:.1%} of the feature cell it fills most; {MIN_COVERAGE:.0%} are needed",
-                "Crop the picture around the object, or export with a larger --image-size.",
-            )
-        return fitted
 
     def _check_origin(self, fingerprint: str, what: str) -> None:
         if fingerprint != self.fingerprint:

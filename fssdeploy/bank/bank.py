@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -152,12 +152,38 @@ class Bank:
         while True:
             with self._index.reading() as connection:
                 info = self._find(connection, name, version)
-            try:
-                return self._load(info)
-            except IntegrityError:
-                # Removed or pruned between the two steps? Then what is listed now counts: a newer version, or none.
-                if self._is_listed(info):
-                    raise
+            state = self.read(info)
+            if state is not None:  # else what is listed now counts: a newer version, or none
+                return state
+
+    def newest(self, names: Sequence[str] | None = None) -> list[VersionInfo]:
+        """What is listed of the newest versions of these classes (default: of all), all at one moment.
+
+        In the order of `names`, each once, or of the characters of the names. Raises InputError ``class_unknown``.
+        """
+        newest = "version = (SELECT max(version) FROM state AS other WHERE other.name = state.name)"
+        with self._index.reading() as connection:
+            if names is None:
+                return list(self._infos(connection, f"WHERE {newest} ORDER BY name"))
+            wanted = list(dict.fromkeys(class_name(name) for name in names))
+            which = f"WHERE name IN (SELECT value FROM json_each(?)) AND {newest}"
+            infos = {info.name: info for info in self._infos(connection, which, (json.dumps(wanted),))}
+            for name in wanted:
+                if name not in infos:
+                    raise unknown_class(name, self._names(connection))
+            return [infos[name] for name in wanted]
+
+    def read(self, info: VersionInfo) -> ClassState | None:
+        """The state of a version as it was listed, checked against its sha256; None if it has been removed meanwhile.
+
+        Raises IntegrityError ``state_damaged``.
+        """
+        try:
+            return self._load(info)
+        except IntegrityError:
+            if self._is_listed(info):
+                raise
+            return None
 
     def names(self) -> list[str]:
         """The classes that have at least one version, in the order of their characters."""

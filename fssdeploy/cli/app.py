@@ -7,7 +7,8 @@ import typer
 from fssdeploy import __version__
 from fssdeploy.cli.bank import bank_app
 from fssdeploy.cli.batch import batch_app
-from fssdeploy.cli.bench import bench
+from fssdeploy.cli.bench import bench_app
+from fssdeploy.cli.client import client_app
 from fssdeploy.cli.common import write_out
 from fssdeploy.cli.data import data_app
 from fssdeploy.cli.demo import demo
@@ -17,7 +18,9 @@ from fssdeploy.cli.enroll import enroll
 from fssdeploy.cli.evaluate import evaluate
 from fssdeploy.cli.export import export
 from fssdeploy.cli.pretrain import pretrain_app
+from fssdeploy.cli.repo import repo_app
 from fssdeploy.cli.segment import segment
+from fssdeploy.cli.serve import serve
 from fssdeploy.cli.train import train_system
 
 app = typer.Typer(
@@ -27,13 +30,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (export, enroll, segment, evaluate, distill, bench, doctor, demo):
+for verb in (export, enroll, segment, evaluate, distill, doctor, demo, serve):
     app.command()(verb)
 app.command(name="train")(train_system)
 app.add_typer(bank_app, name="bank")
 app.add_typer(batch_app, name="batch")
+app.add_typer(client_app, name="client")
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(pretrain_app, name="pretrain")
+app.add_typer(repo_app, name="repo")
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from fssdeploy.errors import FssError
 from fssdeploy.files import storage_error
@@ -22,6 +23,18 @@ Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; defau
 BankDir = Annotated[Path, typer.Option("--bank", help="Directory of enrolled classes.")]
 
 PROGRESS_SECONDS = 10.0
+
+
+def group_with_default(command: str) -> type[TyperGroup]:
+    """A group of commands that runs `command` where none of them is named."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+            if args and args[0] not in (*self.commands, "--help"):
+                args = [command, *args]
+            return super().parse_args(ctx, args)
+
+    return Group
 
 
 def emit(report: Report, as_json: bool) -> None:

@@ -16,7 +16,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort  # noqa: E402
 
 from fssdeploy.engines.failures import graph_unreadable, run_failed  # noqa: E402
-from fssdeploy.protocol import StageSpec  # noqa: E402
+from fssdeploy.protocol import BATCH, StageSpec, TensorSpec  # noqa: E402
+
+_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}
 
 
 class OnnxRuntimeEngine:
@@ -42,6 +44,22 @@ class OnnxRuntimeEngine:
             return dict(zip(names, session.run(names, dict(inputs)), strict=True))
         except Exception as error:  # the runtime's exceptions share no public base class
             raise run_failed(stage, "ONNX Runtime", error) from error
+
+    def declared(self, stage: str) -> StageSpec:
+        """What the graph itself says of its inputs and outputs; a dimension without a number is ``"batch"``."""
+        session = self._session(stage)
+
+        def tensors(nodes: list[Any]) -> tuple[TensorSpec, ...]:
+            return tuple(
+                TensorSpec(
+                    node.name,
+                    _DTYPES.get(node.type, node.type.removeprefix("tensor(").removesuffix(")")),
+                    tuple(dim if isinstance(dim, int) else BATCH for dim in node.shape),
+                )
+                for node in nodes
+            )
+
+        return StageSpec(stage, tensors(session.get_inputs()), tensors(session.get_outputs()))
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -16,10 +16,12 @@ from fssdeploy.errors import InputError
 from fssdeploy.files import open_file, write_atomic
 from fssdeploy.images.colours import class_colour
 from fssdeploy.images.mark import mark
-from fssdeploy.images.pictures import open_picture
+from fssdeploy.images.npy import array_from_npy, is_npy
+from fssdeploy.images.pictures import MAX_PIXELS, open_picture
 from fssdeploy.images.rle import decode_rle
 
 _GREY_LEVELS = 16  # more distinct values than this in a grey mask look like soft edges rather than class numbers
+_MAX_TEXT = 2**18  # characters of a polygon that came as bytes: every edge costs time
 _MAX_COORDINATE = 1e9  # far outside any picture, and safe to compute with
 
 
@@ -84,23 +86,33 @@ def mask_from_array(
     )
 
 
-def load_mask(source: str | os.PathLike[str] | bytes, picture_size: tuple[int, int], label: int | None = None) -> Mask:
+def load_mask(
+    source: str | os.PathLike[str] | bytes,
+    picture_size: tuple[int, int],
+    label: int | None = None,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Mask:
     """The mask of a picture of `picture_size` (height, width), of exactly that size.
 
     `source` is one of
 
-    - a picture file, or its bytes: 1-bit, grey, indexed (its index numbers count, not its colours) or 16-bit labels;
-      an EXIF orientation is applied, as it is to pictures;
+    - a picture file of at most `max_pixels`: 1-bit, grey, indexed (its index numbers count, not its colours) or 16-bit
+      labels; an EXIF orientation is applied, as it is to pictures;
     - a ``.npy`` file (without pickled objects);
     - a ``.json`` file with COCO run lengths, ``{"size", "counts"}`` or ``{"segmentation": {"size", "counts"}}``;
     - the text ``box:x0,y0,x1,y1`` or ``polygon:x,y,x,y,x,y,...`` in pixels, x1 and y1 exclusive: a pixel belongs where
-      its centre lies inside (even-odd where the outline crosses itself).
+      its centre lies inside (even-odd where the outline crosses itself);
+    - the bytes of any of these; bytes are never a path.
+
+    `name` is what errors call it (default: the path).
 
     Values and `label` are read as `mask_from_array` says. Raises InputError: `mask_size` (a mask is never resized),
     `mask_empty`, `mask_outside`, and those of `mask_from_array` and `load_picture`.
     """
-    name = "mask" if isinstance(source, bytes) else os.fspath(source)
-    array, indexed = _read(source, name, picture_size)
+    name = name or ("mask" if isinstance(source, bytes) else os.fspath(source))
+    array, indexed = _read(source, name, picture_size, max_pixels)
     name = _shortened(name)
     if array.shape[:2] != tuple(picture_size):
         raise InputError(
@@ -141,16 +153,25 @@ def _save_png(path: str | os.PathLike[str], image: Image.Image) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def _read(source: str | os.PathLike[str] | bytes, name: str, size: tuple[int, int]) -> tuple[np.ndarray, bool]:
+def _read(
+    source: str | os.PathLike[str] | bytes, name: str, size: tuple[int, int], max_pixels: int
+) -> tuple[np.ndarray, bool]:
     """The array behind a source, and whether its values are palette indices."""
-    if isinstance(source, str) and source.startswith(("box:", "polygon:")):
+    if isinstance(source, bytes):
+        if source.startswith((b"box:", b"polygon:")):
+            return _draw(_checked_text(source), size), False
+        if is_npy(source):
+            return array_from_npy(source, name), False
+        if source.lstrip()[:1] == b"{":  # no picture format begins so
+            return _parse_json(source, name), False
+    elif isinstance(source, str) and source.startswith(("box:", "polygon:")):
         return _draw(source, size), False
-    suffix = "" if isinstance(source, bytes) else Path(source).suffix.lower()
-    if suffix == ".npy":
-        return _read_npy(name), False
-    if suffix == ".json":
-        return _read_json(name), False
-    image = open_picture(source, name)
+    elif Path(source).suffix.lower() == ".npy":
+        return _read_npy(os.fspath(source)), False
+    elif Path(source).suffix.lower() == ".json":
+        with open_file(source) as stream:
+            return _parse_json(stream.read(), name), False
+    image = open_picture(source, name, max_pixels=max_pixels)
     if image.mode in ("RGBA", "LA"):
         if image.getchannel("A").getextrema() != (255, 255):
             raise InputError(
@@ -161,6 +182,18 @@ def _read(source: str | os.PathLike[str] | bytes, name: str, size: tuple[int, in
             )
         image = image.convert(image.mode[:-1])
     return np.asarray(image), image.mode == "P"
+
+
+def _checked_text(data: bytes) -> str:
+    """A ``box:`` or ``polygon:`` text that came as bytes, and so perhaps from a stranger."""
+    if len(data) > _MAX_TEXT:
+        raise InputError(
+            "mask_text",
+            "a polygon is too long",
+            f"it has {len(data)} characters, at most {_MAX_TEXT} are allowed",
+            "Send the mask as a PNG file.",
+        )
+    return data.decode("ascii", "replace")
 
 
 def _read_npy(name: str) -> np.ndarray:
@@ -178,9 +211,7 @@ def _read_npy(name: str) -> np.ndarray:
     raise InputError("mask_unreadable", f"'{name}' is not an array file", why, "Write it with numpy.save.")
 
 
-def _read_json(name: str) -> np.ndarray:
-    with open_file(name) as stream:
-        text = stream.read()
+def _parse_json(text: bytes, name: str) -> np.ndarray:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fssdeploy.errors import InputError, MachineError
 from fssdeploy.files import open_file, storage_error
 from fssdeploy.images.mark import is_marked
+from fssdeploy.images.npy import array_from_npy, is_npy
 
 MAX_PIXELS = 150_000_000
 
@@ -26,14 +27,19 @@ _SUFFIXES = frozenset(
     + [".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx", ".avif"]
 )
 
+_ORIENTATION = 0x0112  # in EXIF: 1 to 4 keep the sides, 5 to 8 exchange them
+
 # The filters of `warnings` belong to the whole process: two threads may not save and restore them at the same time.
 _warnings_lock = threading.Lock()
 
 
-def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> np.ndarray:
+def load_picture(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, *, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """One picture as uint8 (H, W, 3), RGB, upright (the EXIF orientation is applied).
 
-    `source` is a path or the bytes of a file; `name` is what errors call it (default: the path).
+    `source` is a path or the bytes of a file; `name` is what errors call it (default: the path). Bytes may also be
+    those of a ``.npy`` file with an array uint8 (H, W, 3), which is then returned as it is, read-only.
 
     - Transparent parts are laid on white, as browsers and viewers show them.
     - 16-bit grey is scaled by its full range (65535 becomes 255). 32-bit integers must lie in 0..255 and floats in
@@ -41,21 +47,54 @@ def load_picture(source: str | os.PathLike[str] | bytes, name: str | None = None
     - Of an animation the first frame is taken. Colour profiles are not applied.
 
     Raises InputError when the file is missing, a folder, empty, not a picture, damaged, truncated, of an unknown range
-    or above `MAX_PIXELS`; MachineError when the machine refuses to read it.
+    or of more than `max_pixels` (known before it is decoded); MachineError when the machine refuses to read it.
     """
     name = name or _name_of(source)
-    return _to_rgb(open_picture(source, name), name)
+    if isinstance(source, bytes) and is_npy(source):
+        return check_picture(array_from_npy(source, name), name, max_pixels=max_pixels)
+    return _to_rgb(open_picture(source, name, max_pixels=max_pixels), name)
 
 
-def open_picture(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
-    """The decoded first frame, upright, in whatever mode the file has. Sources and errors as `load_picture`."""
+def picture_size(source: bytes, name: str = "picture") -> tuple[int, int]:
+    """(height, width) of the picture in the bytes of a file, without decoding it. Raises InputError."""
+    if is_npy(source):
+        height, width = check_picture(array_from_npy(source, name), name).shape[:2]
+        return height, width
+    try:
+        with _open_header(io.BytesIO(source)) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise InputError(
+            "picture_unreadable", f"'{name}' is not a picture", str(error), "Convert it to PNG."
+        ) from error
+
+
+def check_picture(array: np.ndarray, name: str = "picture", *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """`array` itself, if it is a picture uint8 (H, W, 3) of 1 to `max_pixels` pixels; else raises InputError."""
+    if array.dtype != np.uint8 or array.shape[2:] != (3,) or not array.size:
+        raise InputError(
+            "not_a_picture",
+            f"'{name}' is an array {array.dtype} {array.shape}",
+            "a picture is uint8 RGB (height, width, 3)",
+            "Convert it.",
+        )
+    if array.shape[0] * array.shape[1] > max_pixels:
+        raise _too_large(name, max_pixels)
+    return array
+
+
+def open_picture(
+    source: str | os.PathLike[str] | bytes, name: str | None = None, *, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """The decoded first frame, upright, in whatever mode the file has. Files and errors as `load_picture`."""
     name = name or _name_of(source)
     if isinstance(source, bytes):
         if not source:
             raise InputError("file_empty", f"'{name}' is empty", "it has zero bytes", "Send the file again.")
-        return _decode(io.BytesIO(source), name)
+        return _decode(io.BytesIO(source), name, max_pixels)
     with open_file(source) as stream:
-        return _decode(stream, name)
+        return _decode(stream, name, max_pixels)
 
 
 def find_pictures(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -95,18 +134,18 @@ def _name_of(source: str | os.PathLike[str] | bytes) -> str:
     return "picture" if isinstance(source, bytes) else os.fspath(source)
 
 
-def _decode(stream: IO[bytes], name: str) -> Image.Image:
+def _decode(stream: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     try:
         image = _open_header(stream)
-        if image.width * image.height > MAX_PIXELS:
-            raise _too_large(name)
+        if image.width * image.height > max_pixels:
+            raise _too_large(name, max_pixels)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         return image
     except (InputError, MachineError):
         raise
     except Image.DecompressionBombError as error:
-        raise _too_large(name) from error
+        raise _too_large(name, max_pixels) from error
     except UnidentifiedImageError as error:
         raise InputError(
             "picture_unreadable",
@@ -134,11 +173,11 @@ def _open_header(stream: IO[bytes]) -> Image.Image:
         return Image.open(stream, formats=_FORMATS)
 
 
-def _too_large(name: str) -> InputError:
+def _too_large(name: str, max_pixels: int) -> InputError:
     return InputError(
         "picture_too_large",
         f"'{name}' is too large",
-        f"it has more than {MAX_PIXELS // 10**6} million pixels",
+        f"it has more than {max_pixels / 1e6:g} million pixels",
         "Cut it into tiles or make it smaller.",
     )
 

@@ -48,7 +48,7 @@ def episodic(recipe: str, config: FSDinoConfig, dataset: Dataset, fold: int) -> 
         return EpisodicSettings(phases=(Phase(steps, 8, config.image_size),))
     # Objects that are turned already gain nothing from a rotation.
     return EpisodicSettings(
-        phases=(Phase(3000, 8, config.image_size),),
+        phases=(Phase(4000, 8, config.image_size),),
         precision="bf16",
         ema=0.998,
         augmentation=Augmentation((0.9, 1.2), 0.0, 0.2, 0.5),

@@ -54,6 +54,37 @@ def test_versions_count_up_for_each_class(bank, make_state):
         assert abs(datetime.fromisoformat(info.created) - datetime.now(UTC)) < timedelta(minutes=5)
 
 
+def test_the_newest_versions_of_all_or_of_some(bank, make_state):
+    assert bank.newest() == []
+    for name in ("plate", "cup", "cup", "a'b"):
+        bank.put(name, make_state(len(name)))
+    assert [(info.name, info.version) for info in bank.newest()] == [("a'b", 1), ("cup", 2), ("plate", 1)]
+    chosen = bank.newest(["plate", "a'b", "plate"])
+    assert [info.name for info in chosen] == ["plate", "a'b"]
+    assert chosen[0] == bank.versions("plate")[-1]
+    assert bank.newest([]) == []
+    bank.put("\u00e9", make_state(1))
+    assert [info.name for info in bank.newest(["e\u0301"])] == ["\u00e9"]
+    with pytest.raises(InputError) as caught:
+        bank.newest(["cup", "cap"])
+    assert caught.value.code == "class_unknown" and "'cap'" in str(caught.value)
+
+
+def test_reading_what_was_listed(bank, make_state):
+    bank.put("cup", make_state(1))
+    (info,) = bank.newest(["cup"])
+    assert_equal(bank.read(info), make_state(1))
+    bank.put("cup", make_state(2))
+    assert_equal(bank.read(info), make_state(1))  # the version, not the class
+    bank.prune()
+    assert bank.read(info) is None
+    (info,) = bank.newest(["cup"])
+    (bank.directory / "states" / f"{info.sha256}.safetensors").unlink()
+    with pytest.raises(IntegrityError) as caught:
+        bank.read(info)
+    assert caught.value.code == "state_damaged"
+
+
 def test_meta_is_added_to_that_of_the_state(bank, make_state):
     bank.put("cup", make_state(1), meta={"who": "Zoë", "pictures": ["a.png", "b.png"], "score": 0.5})
     expected = {"seed": 1, "who": "Zoë", "pictures": ["a.png", "b.png"], "score": 0.5}

@@ -1,0 +1,130 @@
+"""What the two models of the enrolled path share: a deployment made from their config, warmed up, with its metrics."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fssdeploy.artifact import Artifact, load
+from fssdeploy.deployment import CACHE_BYTES, Deployment
+from fssdeploy.engines import available_cores
+from fssdeploy.errors import InputError
+from fssdeploy.images.pictures import load_picture
+from fssdeploy.pipeline import CHUNK, StagedSystem
+from fssdeploy.serving.models.answers import Settings, input_array, required
+from fssdeploy.serving.models.engine import CountingEngine, TritonEngine
+from fssdeploy.serving.models.metrics import Metrics
+
+# What a config need not say.
+DEFAULTS = {
+    "artifact": "artifact",
+    "threads": "0",
+    "instances": "1",
+    "cache_bytes": str(CACHE_BYTES),
+    "max_picture_bytes": str(32 * 2**20),
+    "max_pixels": str(40_000_000),
+    "max_mask_bytes": str(256 * 2**20),
+    "max_batch": str(CHUNK),
+    "engine": "session",
+}
+
+
+class EnrolledModel:
+    """Base of the server's models `<system>_enroll` and `<system>_segment`.
+
+    Parameters of the config, all optional: `artifact` (folder inside the version), `bank` (folder, relative to the
+    model's; with FSSDEPLOY_BANK in the environment, the folder `<system>` in there instead), `threads` ("0": the cores
+    shared among `instances`), `cache_bytes` of class states, `max_picture_bytes` and `max_pixels` of one picture,
+    `max_mask_bytes` of one answer, `engine` ("session": ONNX Runtime in this process; "models": the stage models of
+    this server, of at most `max_batch` rows).
+    """
+
+    kind: str  # the model's name is `<system>_<kind>`
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Open the artifact, run everything once, declare the metrics. An error here fails the load of the model."""
+        settings = Settings.read(args)
+        settings.parameters.update({key: settings.parameters.get(key) or text for key, text in DEFAULTS.items()})
+        system_name = settings.name.removesuffix(f"_{self.kind}")
+        system = _open_system(settings, system_name)
+        if settings.parameters["engine"] == "session":  # the server takes no calls of other models while it loads one
+            _warm_up(system)
+        self._engine = CountingEngine(system.engine)
+        system.engine = self._engine
+        self.max_picture_bytes = settings.number("max_picture_bytes")
+        self.deployment = Deployment(
+            system,
+            _bank_folder(settings, system_name),
+            cache_bytes=settings.number("cache_bytes"),
+            max_pixels=settings.number("max_pixels"),
+            max_mask_bytes=settings.number("max_mask_bytes"),
+        )
+        self._metrics = Metrics(system_name, args["model_instance_name"])
+        self.publish()
+
+    def finalize(self) -> None:
+        """Take the metrics back; the server would show them for ever."""
+        self._metrics.close()
+
+    def publish(self) -> None:
+        """Bring the metrics up to date."""
+        self._metrics.publish(self._engine.seconds, self._engine.counts, self.deployment.counters)
+
+
+def one_of(request: Any, first: str, second: str) -> str:
+    """Which of two inputs was sent. Raises InputError ``input_choice`` unless it is exactly one."""
+    sent = [name for name in (first, second) if input_array(request, name) is not None]
+    if len(sent) != 1:
+        raise InputError(
+            "input_choice",
+            f"{'both' if sent else 'neither'} of the inputs '{first}' and '{second}' {'were' if sent else 'was'} sent",
+            "",
+            f"Send '{first}' (encoded files) or '{second}' (arrays).",
+        )
+    return sent[0]
+
+
+def texts_of(request: Any, name: str) -> list[str]:
+    """The elements of a text input. Raises InputError ``class_name`` for one that is not UTF-8."""
+    try:
+        return [bytes(element).decode() for element in required(request, name).reshape(-1)]
+    except UnicodeDecodeError as error:
+        raise InputError("class_name", f"'{name}' holds a text that is not UTF-8", str(error), "Encode it.") from error
+
+
+def _open_system(settings: Settings, name: str) -> StagedSystem:
+    folder = settings.version_folder / settings.parameters["artifact"]
+    if settings.parameters["engine"] == "models":
+        artifact = Artifact.open(folder)
+        engine = TritonEngine(name, artifact.specs, settings.number("max_batch"))
+        return StagedSystem(
+            artifact.name, artifact.specs, engine, artifact.manifest["preprocessing"], artifact.fingerprint
+        )
+    threads = settings.number("threads") or max(1, available_cores() // settings.number("instances"))
+    return load(folder, threads=threads)
+
+
+def _bank_folder(settings: Settings, system: str) -> Path:
+    root = os.environ.get("FSSDEPLOY_BANK")
+    if root:
+        return Path(root).absolute() / system
+    return (settings.folder / settings.parameters.get("bank", f"../../bank/{system}")).resolve()
+
+
+def _warm_up(system: StagedSystem) -> None:
+    """Run the whole path twice, so that the first requests are no slower than the later ones."""
+    levels = np.arange(128 * 128 * 3, dtype=np.uint32).reshape(128, 128, 3)
+    stream = io.BytesIO()
+    Image.fromarray((levels * 2654435761 >> 24).astype(np.uint8)).save(stream, "JPEG")
+    mask = np.zeros((128, 128), bool)
+    mask[:64] = True
+    for _ in range(2):
+        features = system.encode([load_picture(stream.getvalue())])
+        masks = system.segment(features, {"warm-up": system.enroll(features, [mask])})
+        masks.score(0, "warm-up")

@@ -73,14 +73,15 @@ def natural_case() -> Case:
 
 
 def run(artifact: Path, cases: list[Case], out: Path, progress: Callable[[str], None]) -> Report:
-    """Enrol every case's class into OUT/bank and find it in its queries; OUT/demo.png shows it all."""
+    """Enrol every case's class into a bank in OUT and find it in its queries; OUT/demo.png shows it all."""
     progress("loading the artifact")
     start = time.perf_counter()
     system = load(artifact)
     loaded = time.perf_counter() - start
     table = Table("queries", ["class", "picture", "share", "IoU with the truth", "time"], [])
     rows, captions, data, enrolled = [], [], [], []
-    with Bank.open(out / "bank", system.fingerprint, create=True) as bank:
+    # Named after the artifact: the folder may hold the bank of a demo with other weights.
+    with Bank.open(out / f"bank-{system.fingerprint[:8]}", system.fingerprint, create=True) as bank:
         for case in cases:
             progress(f"enrolling '{case.name}'")
             start = time.perf_counter()

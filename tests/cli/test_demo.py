@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fssdeploy import shipped
 from fssdeploy.data.shapes import ShapesDataset
 from fssdeploy.demo import FOLD, SEED, natural_case, shapes_case
 from tests.cli.test_process import WITHOUT_TORCH
 
 
-@pytest.mark.skipif(shipped.artifact() is None, reason="no weights are shipped yet")
 def test_on_the_base_install(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_TORCH, "demo", "--out", str(tmp_path / "out"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fssdeploy import data
+from fssdeploy import data, shipped
 from fssdeploy.cli.app import app
 from fssdeploy.cli.evaluate import evaluate
 from fssdeploy.evaluation.run import journal_file, list_file
@@ -41,6 +41,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def small_and_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny preset made smaller still, and squares behind the name of any data set but shapes-5i."""
     monkeypatch.setitem(fsdino.PRESETS, "tiny", SMALL)
+    monkeypatch.setattr(shipped, "checkpoint", lambda name: None)  # it would not fit
     original = data.open_dataset
     monkeypatch.setattr(
         data, "open_dataset", lambda name, root: Squares() if name == "squares" else original(name, root)

@@ -15,9 +15,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from fssdeploy import annotate
+from fssdeploy import annotate, shipped
 from fssdeploy.artifact import load
 from fssdeploy.bank.bank import Bank
+from fssdeploy.cli.segment import default_artifact
 from fssdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from fssdeploy.images.pictures import load_picture
 from tests.cli.command import Answer, fssdeploy
@@ -326,6 +327,8 @@ def test_arguments_that_are_refused(workplace: Workplace, tmp_path: Path) -> Non
 
 def test_an_artifact_that_is_none(workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert default_artifact() == shipped.artifact()
+    monkeypatch.setattr(shipped, "artifact", lambda: None)
     for first in ([tmp_path / "none"], [workplace.second], [tmp_path], []):
         answer = fssdeploy("segment", *first, "--bank", workplace.bank, "--query", workplace.second)
         assert "fssdeploy export" in answer.check_refused("artifact_missing", 3)

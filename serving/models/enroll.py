@@ -30,14 +30,8 @@ class TritonPythonModel(EnrolledModel):
 
     kind = "enroll"
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """One answer for each request."""
-        answers = self._answers(requests)
-        self.publish()
-        return answers
-
     @answer_each
-    def _answers(self, request: Any) -> dict[str, np.ndarray]:
+    def answers(self, request: Any) -> dict[str, np.ndarray]:
         names = texts_of(request, "name")
         if len(names) != 1:
             raise InputError("class_name", f"{len(names)} names were sent", "one class is enrolled at a time", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,14 @@ class EnrolledModel:
     def finalize(self) -> None:
         """Take the metrics back; the server would show them for ever."""
         self._metrics.close()
+
+    answers: Callable[[list[Any]], list[Any]]  # one for each request
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One answer for each request."""
+        answers = self.answers(requests)
+        self.publish()
+        return answers
 
     def publish(self) -> None:
         """Bring the metrics up to date."""

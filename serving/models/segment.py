@@ -29,14 +29,8 @@ class TritonPythonModel(EnrolledModel):
 
     kind = "segment"
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """One answer for each request."""
-        answers = self._answers(requests)
-        self.publish()
-        return answers
-
     @answer_each
-    def _answers(self, request: Any) -> dict[str, np.ndarray]:
+    def answers(self, request: Any) -> dict[str, np.ndarray]:
         names = None if input_array(request, "names") is None else texts_of(request, "names")
         found = self.deployment.segment(self._picture(request), names)
         return {

@@ -6,10 +6,11 @@ import base64
 import csv
 import io
 import json
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fssdeploy.errors import MachineError
@@ -17,6 +18,9 @@ from fssdeploy.serving.repository import pack_strings
 
 RUN_SECONDS = 1800.0
 LONGEST_REASON = 300
+
+# When a request was sent and when answered, nanoseconds. Its export is no valid JSON: pictures stand in it as they are.
+_SENT, _ANSWERED = re.compile(rb'\{"timestamp":(\d+)'), re.compile(rb'"response_timestamps":\[(\d+)')
 
 # The file's columns by our names; its times are microseconds.
 COLUMNS = {
@@ -79,14 +83,16 @@ def generate(
 ) -> Load:
     """Send `requests` requests to a model over gRPC at `url`, host:port, with `concurrency` of them under way.
 
-    Raises MachineError ``load_generator``, also when the server refused one of the requests.
+    Requests per second are counted from the first request to the last answer: the tool's own figure divides by a time
+    rounded up to whole seconds. Raises MachineError ``load_generator``, also when the server refused a request.
     """
     with tempfile.TemporaryDirectory() as folder:
-        data, report = Path(folder, "request.json"), Path(folder, "report.csv")
+        data, report, times = (Path(folder, name) for name in ("request.json", "report.csv", "times.json"))
         data.write_text(request_file(inputs), "utf-8")
         command = [str(binary), "-m", model, "-u", url, "-i", "grpc", "--input-data", str(data)]
         # A number of requests, not a time until figures settle: on a busy machine they never do.
-        command += ["--concurrency-range", str(concurrency), "--request-count", str(requests), "-f", str(report)]
+        command += ["--concurrency-range", str(concurrency), "--request-count", str(requests)]
+        command += ["-f", str(report), "--profile-export-file", str(times)]
         try:
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=RUN_SECONDS, check=False
@@ -95,7 +101,16 @@ def generate(
             raise _failed(f"{type(error).__name__}: {error}") from error
         if done.returncode or not report.exists():
             raise _failed(_reason(done.stdout + done.stderr) or f"it ended with code {done.returncode}")
-        return parse_report(report.read_text("utf-8"))[0]
+        load = parse_report(report.read_text("utf-8"))[0]
+        return replace(load, per_second=rate(times.read_bytes()))
+
+
+def rate(export: bytes) -> float:
+    """Answers per second in an export of `--profile-export-file`. MachineError if it holds no request."""
+    sent, answered = ([int(text) for text in pattern.findall(export)] for pattern in (_SENT, _ANSWERED))
+    if not sent or len(sent) != len(answered):
+        raise _failed(f"its export holds {len(sent)} requests and {len(answered)} answers")
+    return len(answered) * 1e9 / (max(answered) - min(sent))
 
 
 def _reason(output: str) -> str:

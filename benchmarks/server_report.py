@@ -42,8 +42,6 @@ def choose(rows: Sequence[dict[str, Any]], target_ms: float) -> dict[str, Any]:
             {
                 "instances": instances,
                 "concurrency": concurrency,
-                # More requests than were measured under way are refused instead of making all others late.
-                "queue": max(1, concurrency - instances),
                 "p99_ms": max(row["p99_ms"] for row in group),
                 "per_second": min(row["per_second"] for row in group),
             }
@@ -53,7 +51,7 @@ def choose(rows: Sequence[dict[str, Any]], target_ms: float) -> dict[str, Any]:
         chosen = max(keeping, key=lambda each: (each["per_second"], -each["instances"], -each["concurrency"]))
     else:
         chosen = min(found, key=lambda each: each["p99_ms"])
-    options = f"--instances {chosen['instances']} --queue {chosen['queue']}"
+    options = f"--instances {chosen['instances']}"
     return {"target_ms": target_ms, "met": bool(keeping), **chosen, "options": options, "among": found}
 
 
@@ -125,7 +123,7 @@ def report(result: dict[str, Any]) -> Report:
         columns = ["instances", "concurrency", "p99_ms", "per_second"]
         rows = [[f"{each[name]:.4g}" for name in columns] for each in choice["among"]]
         tables.append(Table(f"enrolled path, worst case of each, target {choice['target_ms']:g} ms", columns, rows))
-        words = f"up to {choice['concurrency']} requests at once: fssdeploy repo ... {choice['options']}"
+        words = f"for up to {choice['concurrency']} requests at once: fssdeploy repo ... {choice['options']}"
         notes.append(f"Chosen, {words}" if choice["met"] else f"NOTHING KEEPS THE TARGET; nearest, {words}")
     if result["weights"] != "trained":
         notes.append("UNTRAINED weights: times are real, masks mean nothing.")

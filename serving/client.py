@@ -83,13 +83,19 @@ class _Core:
     """What both clients do: build requests, repeat them where that is safe, keep shared memory."""
 
     def __init__(
-        self, url: str, system: str | None, protocol: str, shared_memory: bool, timeout: float, retries: int
+        self, url: str, system: str | None, protocol: str | None, shared_memory: bool, timeout: float, retries: int
     ) -> None:
         if not 0 < timeout < float("inf") or retries < 0:
             raise InputError("usage", f"timeout {timeout} and retries {retries} cannot be used", "", "")
+        scheme, separator, address = url.rpartition("://")
+        protocol = protocol or scheme or "http"
+        if separator and scheme != protocol:
+            raise InputError(
+                "protocol", f"'{url}' is no address for {protocol}", "", f"Give {protocol}://{address}, or host:port."
+            )
         self.url, self.protocol = url, protocol
         self.timeout, self.retries = timeout, retries
-        self.address = url.removeprefix("http://").removeprefix("grpc://").rstrip("/")
+        self.address = address.rstrip("/")
         self._names = Names(system) if system else None
         self._library = library(protocol)
         self._shared_memory = shared_memory
@@ -253,10 +259,11 @@ class _Core:
 class Client:
     """A client that waits for its answers. Safe among threads.
 
-    `url` is host:port; `system` may be left out where the server serves one. `timeout` is the time that a call may take
-    in seconds, repetitions included. A call is repeated up to `retries` times where no connection could be made or the
-    server refused it unseen, and a `segment` also where the connection broke. With `shared_memory`, which needs a
-    server on the same machine, pictures and masks do not go through the connection.
+    `url` is host:port, for `protocol` "http" (the default) or "grpc"; it may begin with the protocol and ``://``.
+    `system` may be left out where the server serves one. `timeout` is the time that a call may take in seconds,
+    repetitions included. A call is repeated up to `retries` times where no connection could be made or the server
+    refused it unseen, and a `segment` also where the connection broke. With `shared_memory`, which needs a server on
+    the same machine, pictures and masks do not go through the connection.
 
     Errors are those of `Deployment`, and InputError ``model_missing``, ``request_refused``, MachineError
     ``server_unreachable``, ``server_busy``, ``server_unavailable``, ``server_failed``, ``connection_lost``, ``timeout``
@@ -268,13 +275,14 @@ class Client:
         self,
         url: str,
         system: str | None = None,
-        protocol: str = "http",
+        protocol: str | None = None,
         shared_memory: bool = False,
         timeout: float = TIMEOUT,
         retries: int = RETRIES,
     ) -> None:
         self._core = _Core(url, system, protocol, shared_memory, timeout, retries)
-        self._transport = (GrpcTransport if protocol == "grpc" else HttpTransport)(self._core.address)
+        transport = GrpcTransport if self._core.protocol == "grpc" else HttpTransport
+        self._transport = transport(self._core.address)
 
     def enroll(
         self, name: str, pictures: Sequence[PictureSource], masks: Sequence[MaskSource], *, add: bool = False
@@ -346,13 +354,15 @@ class AsyncClient:
         self,
         url: str,
         system: str | None = None,
-        protocol: str = "http",
+        protocol: str | None = None,
         shared_memory: bool = False,
         timeout: float = TIMEOUT,
         retries: int = RETRIES,
     ) -> None:
         self._core = _Core(url, system, protocol, shared_memory, timeout, retries)
-        self._transport = (AsyncGrpcTransport if protocol == "grpc" else AsyncHttpTransport)(self._core.address)
+        self._transport = (AsyncGrpcTransport if self._core.protocol == "grpc" else AsyncHttpTransport)(
+            self._core.address
+        )
 
     async def enroll(
         self, name: str, pictures: Sequence[PictureSource], masks: Sequence[MaskSource], *, add: bool = False

@@ -10,8 +10,11 @@ CPUs joining gains nothing; for GPUs give a delay.
 under way (a picture that cannot be decoded was enough). So the steps of the stateless path form a chain: the query is
 prepared after the class, which the input `after` says, and its canvas goes through `merge_shots`.
 
-A queue limit needs the server's dynamic batcher. Where requests must not be joined, a preferred batch of 1 with a delay
-that no request reaches makes it hand over one request at a time, however many rows that has.
+**Queues.** A limit needs the server's dynamic batcher, which then looks for an idle instance the moment a request
+arrives, and else at its next event or after half a second: a request that arrives while an instance is just finishing
+waits that long for nothing (docs/serving.md, Limits). So there is no limit unless one is asked for, and no batcher
+where requests are not joined. Where there is a limit and requests must not be joined, a preferred batch of 1 with a
+delay that no request reaches makes the batcher hand over one request at a time, however many rows that has.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ class Options:
     """How models are served.
 
     `max_batch`: most rows of one call of a stage; `delay_us`: how long a request may wait to be joined with others,
-    None to join none; `queue`: most requests that wait for a model, more are refused; `threads`: of each instance of a
-    stage. InputError for what cannot be.
+    None to join none; `queue`: most requests that wait for a model, more are refused, None for no limit; `threads`: of
+    each instance of a stage. InputError for what cannot be.
     """
 
     backend: str = "onnxruntime"
@@ -58,7 +61,7 @@ class Options:
     delay_us: int | None = None
     device: str = "cpu"
     threads: int = 1
-    queue: int = 256
+    queue: int | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("backend", BACKENDS), ("device", DEVICES)):
@@ -68,8 +71,9 @@ class Options:
                     f"{name}_unknown", f"there is no {name} '{value}'", "", f"Choose {', '.join(allowed)}."
                 )
         for name, most in (("max_batch", 1024), ("instances", 64), ("threads", 1024), ("queue", 2**20)):
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError("option_range", f"{name} cannot be {getattr(self, name)}", "", f"Give 1 to {most}.")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise InputError("option_range", f"{name} cannot be {value}", "", f"Give 1 to {most}.")
         if self.delay_us is not None and not 0 <= self.delay_us <= 10_000_000:
             raise InputError("option_range", f"a delay of {self.delay_us} us cannot be used", "", "Give 0 to 10000000.")
         if self.backend == "tensorrt" and self.device == "cpu":
@@ -152,8 +156,7 @@ def stage_config(spec: StageSpec, options: Options) -> Config:
         "parameters": _parameters({} if options.backend == "tensorrt" else {"intra_op_thread_count": options.threads}),
     }
     join = batching and spec.name != "enroll" and options.delay_us is not None
-    config["dynamic_batching"] = _queue(options, config["max_batch_size"], options.delay_us if join else None)
-    return config
+    return {**config, **_queue(options, config["max_batch_size"], options.delay_us if join else None)}
 
 
 def _single(specs: Mapping[str, StageSpec], options: Options) -> bool:
@@ -237,7 +240,7 @@ def _python(
         "instance_group": [{"kind": "KIND_CPU", "count": options.instances}],
         "version_policy": {"latest": {"num_versions": 1}},
         "parameters": _parameters(parameters or {}),
-        "dynamic_batching": _queue(options, 0, None),
+        **_queue(options, 0, None),
     }
 
 
@@ -310,16 +313,15 @@ def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> 
 
 
 def _queue(options: Options, max_batch: int, delay_us: int | None) -> Config:
-    policy = {"timeout_action": "REJECT", "max_queue_size": options.queue}
-    if not max_batch:
-        return {"default_queue_policy": policy}
-    if delay_us is None:
-        return {
-            "preferred_batch_size": [1],
-            "max_queue_delay_microseconds": NEVER_US,
-            "default_queue_policy": policy,
-        }
-    return {"max_queue_delay_microseconds": delay_us, "default_queue_policy": policy}
+    """How requests wait: the field `dynamic_batching`, or nothing where each is simply taken in turn."""
+    batcher: Config = {}
+    if options.queue is not None:
+        batcher["default_queue_policy"] = {"timeout_action": "REJECT", "max_queue_size": options.queue}
+        if max_batch and delay_us is None:
+            batcher |= {"preferred_batch_size": [1], "max_queue_delay_microseconds": NEVER_US}
+    if max_batch and delay_us is not None:
+        batcher["max_queue_delay_microseconds"] = delay_us
+    return {"dynamic_batching": batcher} if batcher else {}
 
 
 def _warmup(config: Config, shapes: Mapping[str, Shape]) -> list[Config]:
@@ -334,7 +336,9 @@ def _warmup(config: Config, shapes: Mapping[str, Shape]) -> list[Config]:
         for name, shape in shapes.items()
     }
     sizes = [1]
-    if config["max_batch_size"] > 1 and "preferred_batch_size" not in config["dynamic_batching"]:
+    batcher = config.get("dynamic_batching", {})
+    joins = "max_queue_delay_microseconds" in batcher and "preferred_batch_size" not in batcher
+    if config["max_batch_size"] > 1 and joins:
         sizes.append(config["max_batch_size"])
     return [{"name": f"sample_{size}", "batch_size": size, "count": 2, "inputs": inputs} for size in sizes]
 

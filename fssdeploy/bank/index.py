@@ -113,12 +113,12 @@ class Index:
         try:
             return _connect(f"{uri}?mode=rw"), True  # SQLite itself falls back to reading a file it may not write
         except sqlite3.OperationalError as error:
-            if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+            if _code(error) not in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and not self._is_full(error):
                 raise
             return self._connect_immutable(uri, error), False
 
     def _connect_immutable(self, uri: str, error: sqlite3.OperationalError) -> sqlite3.Connection:
-        """Read where not even SQLite's helper files can be made (they exist while somebody writes).
+        """Read where not even SQLite's helper files can be made: read-only, or full (they exist while somebody writes).
 
         Such a connection sees no log and takes no lock, so it serves one reading and is not used again: the next one
         sees what a writer elsewhere has done meanwhile.
@@ -128,7 +128,7 @@ class Index:
             raise MachineError(
                 "bank_unsettled",
                 f"the bank '{self.path.parent}' cannot be read",
-                "its last changes are still in SQLite's log, and the folder is read-only",
+                "its last changes are still in SQLite's log, and the folder is read-only or its disk full",
                 "Open it once where it can be written, or copy it to such a place.",
             ) from error
         return _connect(f"{uri}?immutable=1")
@@ -150,10 +150,7 @@ class Index:
             case sqlite3.SQLITE_BUSY:
                 why = f"another process has been writing for {BUSY_SECONDS:.0f} s"
                 return MachineError("bank_busy", what, why, "Try again.")
-            case sqlite3.SQLITE_FULL:
-                return storage_error(OSError(errno.ENOSPC, ""), self.path.parent)
-            # Where it cannot enlarge its helper files SQLite does not say why.
-            case sqlite3.SQLITE_IOERR if shutil.disk_usage(self.path.parent).free < _LITTLE:
+            case _ if self._is_full(error):
                 return storage_error(OSError(errno.ENOSPC, ""), self.path.parent)
             case sqlite3.SQLITE_READONLY:
                 return MachineError("read_only", what, "it can only be read", "Change its permissions, or copy it.")
@@ -161,6 +158,17 @@ class Index:
                 return MachineError("storage", what, why, "Keep the bank in a readable folder on a local disk.")
             case _:
                 return self.damaged(why)
+
+    def _is_full(self, error: sqlite3.Error) -> bool:
+        """Whether an error comes of a full disk. Where SQLite cannot make its helper files, it does not say why."""
+        folder = self.path.parent
+        match _code(error):
+            case sqlite3.SQLITE_FULL:
+                return True
+            case sqlite3.SQLITE_IOERR | sqlite3.SQLITE_READONLY:  # disks that are read-only have no space, too
+                return os.access(folder, os.W_OK) and shutil.disk_usage(folder).free < _LITTLE
+            case _:
+                return False
 
 
 def _connect(uri: str) -> sqlite3.Connection:

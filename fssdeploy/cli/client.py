@@ -12,9 +12,11 @@ from fssdeploy.errors import InputError, MachineError
 
 client_app = typer.Typer(help="Enrol and segment through a running server.", no_args_is_help=True)
 
-Url = Annotated[str, typer.Argument(help="host:port of the server, as fssdeploy serve prints it.")]
+Url = Annotated[
+    str, typer.Argument(help="host:port of the server, as fssdeploy serve prints it; grpc:// may stand before it.")
+]
 System = Annotated[str | None, typer.Option(help="Which system; needed where the server has several.")]
-Protocol = Annotated[str, typer.Option(help="http or grpc, as the port is.")]
+Protocol = Annotated[str | None, typer.Option(help="http or grpc, as the port is; default: the address's, else http.")]
 SharedMemory = Annotated[bool, typer.Option("--shared-memory", help="For a server on this machine: faster.")]
 Timeout = Annotated[float, typer.Option(help="Seconds that one answer may take.")]
 
@@ -29,7 +31,7 @@ def enroll(
         bool, typer.Option("--add", help="Add the shots to the newest version instead of replacing it.")
     ] = False,
     system: System = None,
-    protocol: Protocol = "http",
+    protocol: Protocol = None,
     shared_memory: SharedMemory = False,
     timeout: Timeout = 30.0,
     as_json: Json = False,
@@ -54,7 +56,7 @@ def segment(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for masks and overlays.")] = Path("out"),
     overlays: Annotated[bool, typer.Option(help="Write an overlay for each picture.")] = True,
     system: System = None,
-    protocol: Protocol = "http",
+    protocol: Protocol = None,
     shared_memory: SharedMemory = False,
     timeout: Timeout = 30.0,
     as_json: Json = False,
@@ -119,7 +121,7 @@ def segment(
 
 
 @client_app.command()
-def status(url: Url, protocol: Protocol = "http", timeout: Timeout = 30.0, as_json: Json = False) -> None:
+def status(url: Url, protocol: Protocol = None, timeout: Timeout = 30.0, as_json: Json = False) -> None:
     """Show whether the server is ready, and its models."""
     from fssdeploy.report import Report, Table
     from fssdeploy.serving.client import Client

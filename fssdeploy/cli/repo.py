@@ -38,7 +38,9 @@ def write(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Threads of each instance of a stage, on a CPU.")] = 1,
-    queue: Annotated[int, typer.Option(help="Most requests that wait for a model; more are refused.")] = 256,
+    queue: Annotated[
+        int | None, typer.Option(help="Most requests that wait for a model; more are refused. Default: no limit.")
+    ] = None,
     plans: Plans = None,
     as_json: Json = False,
 ) -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from fssdeploy.benchmarks import perf_analyzer
 from fssdeploy.benchmarks.local import Pool, percentiles
 from fssdeploy.benchmarks.machine import group_seconds
-from fssdeploy.benchmarks.perf_analyzer import Load, generate, parse_report, request_file
+from fssdeploy.benchmarks.perf_analyzer import Load, generate, parse_report, rate, request_file
 from fssdeploy.benchmarks.server import Case, Plan, Samples, _cases, _figures, _skipped, measure
 from fssdeploy.benchmarks.server_report import ENROLLED, ENSEMBLE, FIRST, LOCAL, choose, compare, report, save
 from fssdeploy.deployment import open_deployment
@@ -61,6 +62,13 @@ def test_requests_are_written_as_the_generator_reads_them() -> None:
         assert unpack_strings(base64.b64decode(entry[name]["b64"])) == elements
 
 
+EXPORT = (
+    b'{"experiments":[{"requests":[{"timestamp":1000000000,"request_inputs":{"picture":"\xff\xd8"},'
+    b'"response_timestamps":[2500000000],"response_outputs":[{}]},{"timestamp":2600000000,"request_inputs":{},'
+    b'"response_timestamps":[4000000000]}]}]}'
+)
+
+
 def stand_in(tmp_path: Path, script: str) -> Path:
     binary = tmp_path / "perf_analyzer"
     binary.write_text(f"#!{sys.executable}\nimport sys\n{script}")
@@ -74,8 +82,17 @@ def test_a_run_asks_for_so_many_requests_and_takes_the_report(tmp_path: Path) ->
         "assert words['-m'] == 'm' and words['-u'] == 'host:1' and words['-i'] == 'grpc'\n"
         "assert words['--concurrency-range'] == '2' and words['--request-count'] == '7'\n"
         f"open(words['-f'], 'w').write({REPORT!r})\n"
+        f"open(words['--profile-export-file'], 'wb').write({EXPORT!r})\n"
     )
-    assert generate(stand_in(tmp_path, script), "host:1", "m", {"x": [b""]}, 2, 7) == parse_report(REPORT)[0]
+    load = generate(stand_in(tmp_path, script), "host:1", "m", {"x": [b""]}, 2, 7)
+    assert load == replace(parse_report(REPORT)[0], per_second=2 / 3)  # two answers in three seconds
+
+
+def test_a_rate_needs_as_many_answers_as_requests() -> None:
+    with pytest.raises(MachineError, match="2 requests and 1 answers"):
+        rate(EXPORT.replace(b"response_timestamps", b"lost", 1))
+    with pytest.raises(MachineError, match="0 requests"):
+        rate(b"{}")
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,8 +118,8 @@ def test_the_fastest_configuration_that_keeps_the_target_is_chosen() -> None:
         row(LOCAL, p99_ms=1, per_second=1000),
     ]
     choice = choose(rows, 50)
-    assert (choice["met"], choice["instances"], choice["concurrency"], choice["queue"]) == (True, 2, 4, 2)
-    assert choice["options"] == "--instances 2 --queue 2"
+    assert (choice["met"], choice["instances"], choice["concurrency"]) == (True, 2, 4)
+    assert choice["options"] == "--instances 2"
     assert len(choice["among"]) == 4
     assert choose(rows, 100)["concurrency"] == 8
     # One size that is too slow rules a configuration out.

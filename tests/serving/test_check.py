@@ -88,12 +88,12 @@ MISTAKES: dict[str, tuple[Change, str, str]] = {
     "twice": (edit(FINISH, 'name: "scores"', 'name: "masks"'), FINISH, "the output 'masks' twice"),
     "negative batch": (edit(ENCODER, "max_batch_size: 8", "max_batch_size: -1"), ENCODER, "max_batch_size is -1"),
     "preferred batch": (
-        edit(ENCODER, "preferred_batch_size: 1", "preferred_batch_size: 9"),
+        add(ENCODER, "dynamic_batching { preferred_batch_size: 9 }\n"),
         ENCODER,
         "preferred batch of 9 is not within",
     ),
     "preferred batch without a batch": (
-        edit(FINISH, "dynamic_batching {", "dynamic_batching {\n  preferred_batch_size: 1"),
+        add(FINISH, "dynamic_batching { preferred_batch_size: 1 }\n"),
         FINISH,
         "preferred batch of 1",
     ),

@@ -505,3 +505,16 @@ def test_http_transport_is_shared_by_threads() -> None:
             thread.join()
         assert len(got) == 8
         transport.close()
+
+
+@pytest.mark.parametrize("address", ["grpc://127.0.0.1:1", "http://127.0.0.1:1", "127.0.0.1:1"])
+def test_the_address_may_name_the_protocol(address: str) -> None:
+    with Client(address, "grey") as client:
+        assert client._core.address == "127.0.0.1:1"
+        assert client._core.protocol == (address.rpartition("://")[0] or "http")
+
+
+def test_an_address_of_the_other_protocol_is_refused() -> None:
+    with pytest.raises(InputError, match="no address for http") as caught:
+        Client("grpc://127.0.0.1:1", "grey", "http")
+    assert caught.value.code == "protocol"

@@ -67,16 +67,25 @@ def test_configs_are_of_every_model_and_parse(variant: str) -> None:
 
 
 def test_requests_are_joined_only_where_it_was_asked_for_and_never_to_enrol() -> None:
-    for options, stage, delay in (
-        (Options(), "encoder", NEVER_US),
-        (Options(delay_us=0), "encoder", 0),
-        (Options(delay_us=700), "segment", 700),
-        (Options(delay_us=700), "enroll", NEVER_US),
-        (Options(backend="python", delay_us=700), "enroll", NEVER_US),
+    for options, stage, batcher in (
+        (Options(), "encoder", None),
+        (Options(delay_us=0), "encoder", {"max_queue_delay_microseconds": 0}),
+        (Options(delay_us=700), "segment", {"max_queue_delay_microseconds": 700}),
+        (Options(delay_us=700), "enroll", None),
+        (Options(backend="python", delay_us=700), "enroll", None),
     ):
-        batcher = stage_config(grey_specs()[stage], options)["dynamic_batching"]
-        assert batcher["max_queue_delay_microseconds"] == delay
-        assert batcher.get("preferred_batch_size") == ([1] if delay == NEVER_US else None)
+        assert stage_config(grey_specs()[stage], options).get("dynamic_batching") == batcher
+
+
+def test_a_queue_limit_joins_nothing() -> None:
+    policy = {"default_queue_policy": {"timeout_action": "REJECT", "max_queue_size": 9}}
+    for rows, delay_us, batcher in (
+        (BATCH, None, {"preferred_batch_size": [1], "max_queue_delay_microseconds": NEVER_US}),
+        (BATCH, 700, {"max_queue_delay_microseconds": 700}),
+        (1, None, {}),  # the server refuses a preferred batch where there is no batch
+    ):
+        config = stage_config(grey_specs(rows)["encoder"], Options(queue=9, delay_us=delay_us))
+        assert config["dynamic_batching"] == {**policy, **batcher}
 
 
 def test_a_fixed_row_is_in_the_dims_for_nvidias_backends_only() -> None:
@@ -84,7 +93,6 @@ def test_a_fixed_row_is_in_the_dims_for_nvidias_backends_only() -> None:
     fixed, free = (stage_config(spec, Options(backend=backend)) for backend in ("onnxruntime", "python"))
     assert (fixed["max_batch_size"], fixed["input"][0]["dims"]) == (0, [1, 3, CANVAS, CANVAS])
     assert (free["max_batch_size"], free["input"][0]["dims"]) == (8, [3, CANVAS, CANVAS])
-    assert "preferred_batch_size" not in fixed["dynamic_batching"]  # the server refuses it without a batch
     ensemble = {each["name"]: each for each in made("onnxruntime-one-row")["grey"]["input"]}
     assert ensemble["pictures"]["dims"] == ensemble["support_pictures"]["dims"] == [1]
 

@@ -50,6 +50,9 @@ class Plan:
     requests: int = 50
     rounds: int = 3
     backend: str = "onnxruntime"
+    delay_us: int | None = (
+        None  # how long a stage's model may wait for more requests to join; None: they are not joined
+    )
     target_ms: float | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +138,7 @@ def measure(
             repository = root / f"models-{instances}"
             progress(f"writing a repository with {instances} instances")
             # The stages' models are used by the ensemble alone, which has the same cores as the enrolled path.
-            options = Options(plan.backend, instances=instances, threads=threads)
+            options = Options(plan.backend, instances=instances, threads=threads, delay_us=plan.delay_us)
             write_repository([f"{names.system}={artifact}"], repository, options)
             server = Server(repository, environment, bank=bank.parent, log=root / "log", exit_timeout=3)
             with server:
@@ -316,5 +319,6 @@ def _command(name: str, plan: Plan) -> str:
     }
     words = [f"--{option} {','.join(map(str, values))}" for option, values in lists.items()]
     words += [f"--requests {plan.requests} --rounds {plan.rounds} --backend {plan.backend}"]
+    words += [] if plan.delay_us is None else [f"--delay-us {plan.delay_us}"]
     words += [] if plan.target_ms is None else [f"--target-ms {plan.target_ms:g}"]
     return " ".join([f"fssdeploy bench server artifacts/{name}", *words])

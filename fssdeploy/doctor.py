@@ -49,6 +49,7 @@ class Way:
     install: str
     gpu: bool = False
     provider: str = ""
+    server: bool = False  # needs a Triton Inference Server
 
 
 WAYS = (
@@ -86,7 +87,14 @@ WAYS = (
     ),
     Way("train", "train", "fssdeploy.training", ("torch",), "pip install 'fssdeploy[train]'"),
     Way("tensorrt", "TensorRT", "fssdeploy.export.tensorrt", ("tensorrt",), "pip install 'fssdeploy[gpu]'", gpu=True),
-    Way("serve", "serve", "fssdeploy.serving.server", ("tritonclient",), "pip install 'fssdeploy[serve]'"),
+    Way(
+        "serve",
+        "repositories and clients",
+        "fssdeploy.serving.client",
+        ("tritonclient",),
+        "pip install 'fssdeploy[serve]'",
+    ),
+    Way("server", "run a server", "fssdeploy.serving.server", (), "fssdeploy serve --setup", server=True),
     Way(
         "gpu_kernels",
         "GPU kernels",
@@ -132,11 +140,20 @@ def _check(
     missing = [name for name in way.packages if not packages[name]]
     if way.provider and way.provider not in providers:
         missing.append(broken or f"{way.provider} in ONNX Runtime")
+    if way.server and not _has_server():
+        missing.append("tritonserver on PATH, or its private environment")
     fix = way.install if missing else ""
     if way.gpu and "torch" in way.packages and (packages["torch"] or "").endswith("+cpu"):
         missing.append("a CUDA build of torch")
         fix = "make setup TORCH_BUILD=cuda"
     return {"ok": not missing, "missing": missing, "fix": fix}
+
+
+def _has_server() -> bool:
+    """Whether `fssdeploy serve` would find a server."""
+    from fssdeploy.serving.environment import locate
+
+    return shutil.which("tritonserver") is not None or locate() is not None
 
 
 def _installed(distribution: str, module: str) -> str | None:

@@ -52,7 +52,8 @@ class Server:
     """A server of `repository`, in `environment` or from another `binary` with its `backends`.
 
     Ports that are not given are chosen: 8000 to 8002 if they are free. `bank` is the root folder of the systems' banks
-    instead of `bank/` beside the repository; what the server prints is appended to `log`.
+    instead of `bank/` beside the repository; what the server prints is appended to `log`; `flags` are given to it as
+    they are, after ours.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Server:
         binary: Path | None = None,
         backends: Path | None = None,
         log: Path | None = None,
+        flags: Sequence[str] = (),
         exit_timeout: int = 10,
         start_timeout: float = START_SECONDS,
     ) -> None:
@@ -82,6 +84,7 @@ class Server:
         self._binary = binary
         self._backends = backends
         self.log = (log or default_log()).absolute()
+        self._flags = tuple(flags)
         self._exit_timeout = exit_timeout
         self._start_timeout = start_timeout
         self._prefix = f"{_family()}{os.getpid()}.{secrets.token_hex(4)}."
@@ -260,7 +263,8 @@ class Server:
         ]
         # The stand-in for onnxruntime is a Python backend too, and names its shared memory by its own setting.
         shared = ("python", "onnxruntime") if self.environment else ("python",)
-        return command + [f"--backend-config={name},shm-region-prefix-name={self._prefix}" for name in shared]
+        command += [f"--backend-config={name},shm-region-prefix-name={self._prefix}" for name in shared]
+        return command + list(self._flags)
 
     def _variables(self) -> Mapping[str, str]:
         variables = {**dict.fromkeys(ONE_THREAD, "1"), "LANG": "C.UTF-8", **os.environ}

@@ -25,12 +25,14 @@ def paths(
     providers: tuple[str, ...] = PROVIDERS,
     gpu: str | None = "a GPU",
     absent: tuple[str, ...] = (),
+    server: bool = True,
 ) -> dict[str, Any]:
     """What the doctor says of a machine with these packages, providers and GPU, all parts of fssdeploy but `absent`."""
     monkeypatch.setattr(doctor, "_installed", lambda name, _: packages.get(name))
     monkeypatch.setattr(doctor, "_has_module", lambda name: name not in absent)
     monkeypatch.setattr(doctor, "_providers", lambda: (providers, ""))
     monkeypatch.setattr(doctor, "_gpu", lambda: gpu)
+    monkeypatch.setattr(doctor, "_has_server", lambda: server)
     found: dict[str, Any] = doctor.diagnose().to_dict()["paths"]
     return found
 
@@ -82,8 +84,14 @@ def test_kernels_need_a_cuda_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["export"]["ok"]
 
 
+def test_a_server_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = paths(monkeypatch, ALL, server=False)
+    assert found["serve"]["ok"] and not found["server"]["ok"]
+    assert found["server"]["fix"] == "fssdeploy serve --setup"
+
+
 def test_a_part_that_is_not_there_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = paths(monkeypatch, ALL, absent=("fssdeploy.serving.server",))
+    found = paths(monkeypatch, ALL, absent=("fssdeploy.serving.client",))
     assert not found["serve"]["ok"]
     assert "not in fssdeploy" in found["serve"]["missing"][0]
 

@@ -63,6 +63,10 @@ def server(
     backend: Annotated[
         str, typer.Option(help="What runs the ensemble's stages: onnxruntime or python.")
     ] = "onnxruntime",
+    delay_us: Annotated[
+        int | None,
+        typer.Option("--delay-us", help="Let stages join requests of so many microseconds; default: join none."),
+    ] = None,
     target_ms: Annotated[
         float | None,
         typer.Option("--target-ms", help="Choose a configuration whose 99th percentile stays below this."),
@@ -88,7 +92,15 @@ def server(
         from fssdeploy.benchmarks.server_report import report, save
         from fssdeploy.serving.environment import ready
 
-        plan = Plan(**lists, sizes=pictures, requests=requests, rounds=rounds, backend=backend, target_ms=target_ms)
+        plan = Plan(
+            **lists,
+            sizes=pictures,
+            requests=requests,
+            rounds=rounds,
+            backend=backend,
+            delay_us=delay_us,
+            target_ms=target_ms,
+        )
         name = Artifact.open(artifact).name
         result = measure(artifact, ready(env), plan, progress)
         file = out or Path("benchmarks/results") / f"server-{name}.json"

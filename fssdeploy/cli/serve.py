@@ -45,6 +45,10 @@ def serve(
     ] = None,
     backends: Annotated[Path | None, typer.Option(help="Backend directory; default: the server's own.")] = None,
     log: Annotated[Path | None, typer.Option(help="File that the server's output is appended to.")] = None,
+    flag: Annotated[
+        list[str] | None,
+        typer.Option(help="A flag of tritonserver's own, as --flag=--trace-config=rate=100; repeat for more."),
+    ] = None,
     exit_timeout: Annotated[
         int, typer.Option(min=1, help="Seconds that requests in progress get when the server is stopped.")
     ] = 10,
@@ -72,6 +76,7 @@ def serve(
         binary=binary,
         backends=backends,
         log=log,
+        flags=flag or [],
         exit_timeout=exit_timeout,
     )
     with _stop_signals() as stopping:

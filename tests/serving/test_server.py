@@ -530,3 +530,22 @@ def test_the_server_does_not_outlive_a_killed_command(server_environment: Enviro
             return True
 
     until(gone)
+
+
+def test_flags_of_the_servers_own_are_handed_through(server_environment: Environment, tmp_path: Path) -> None:
+    """One request in two is traced into a file."""
+    write_model(tmp_path / "models", "echo")
+    trace = tmp_path / "trace.json"
+    flags = [f"--trace-config={part}" for part in ("level=TIMESTAMPS", "rate=2", "mode=triton", f"triton,file={trace}")]
+    with Server(tmp_path / "models", server_environment, log=tmp_path / "log", flags=flags) as server:
+        for _ in range(4):
+            assert answers(server, "echo")
+    traced = json.loads(trace.read_text())
+    assert len([each for each in traced if each.get("model_name") == "echo"]) == 2
+
+
+def test_a_flag_that_the_server_does_not_know_ends_the_start(server_environment: Environment, tmp_path: Path) -> None:
+    write_model(tmp_path / "models", "echo")
+    with pytest.raises(MachineError) as caught:
+        Server(tmp_path / "models", server_environment, log=tmp_path / "log", flags=["--no-such-flag=1"]).start()
+    assert caught.value.code == "server_start"

@@ -6,11 +6,10 @@ import base64
 import csv
 import io
 import json
-import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from fssdeploy.errors import MachineError
@@ -18,9 +17,6 @@ from fssdeploy.serving.repository import pack_strings
 
 RUN_SECONDS = 1800.0
 LONGEST_REASON = 300
-
-# When a request was sent and when answered, nanoseconds. Its export is no valid JSON: pictures stand in it as they are.
-_SENT, _ANSWERED = re.compile(rb'\{"timestamp":(\d+)'), re.compile(rb'"response_timestamps":\[(\d+)')
 
 # The file's columns by our names; its times are microseconds.
 COLUMNS = {
@@ -31,14 +27,25 @@ COLUMNS = {
     "queue_ms": "Server Queue",
     "compute_ms": "Server Compute Infer",
 }
+# What the time of a request is made of, as its sender sees it: averages, in microseconds.
+PARTS = (
+    "Client Send",
+    "Network+Server Send/Recv",
+    "Server Queue",
+    "Server Compute Input",
+    "Server Compute Infer",
+    "Server Compute Output",
+    "Client Recv",
+)
 
 
 @dataclass(frozen=True)
 class Load:
     """What one run found.
 
-    `concurrency` requests were always under way. The percentiles are of the time that a request took as its sender saw
-    it; `queue_ms` and `compute_ms` are the server's averages, summed over the members of an ensemble.
+    `concurrency` requests were always under way, so `per_second` is their number over the mean time of one (the tool's
+    own figure divides by a time rounded up to whole seconds). The percentiles are of the time that a request took as
+    its sender saw it; `queue_ms` and `compute_ms` are the server's averages, summed over the members of an ensemble.
     """
 
     concurrency: int
@@ -66,12 +73,12 @@ def parse_report(text: str) -> list[Load]:
         rows = [
             Load(
                 int(row["Concurrency"]),
-                float(row["Inferences/Second"]),
+                int(row["Concurrency"]) * 1e6 / sum(float(row[part]) for part in PARTS),
                 **{name: float(row[column]) / 1e3 for name, column in COLUMNS.items()},
             )
             for row in csv.DictReader(io.StringIO(text))
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _failed(f"its report cannot be read: {type(error).__name__}: {error}") from error
     if not rows:
         raise _failed("its report holds no run")
@@ -83,16 +90,14 @@ def generate(
 ) -> Load:
     """Send `requests` requests to a model over gRPC at `url`, host:port, with `concurrency` of them under way.
 
-    Requests per second are counted from the first request to the last answer: the tool's own figure divides by a time
-    rounded up to whole seconds. Raises MachineError ``load_generator``, also when the server refused a request.
+    Raises MachineError ``load_generator``, also when the server refused one of the requests.
     """
     with tempfile.TemporaryDirectory() as folder:
-        data, report, times = (Path(folder, name) for name in ("request.json", "report.csv", "times.json"))
+        data, report = Path(folder, "request.json"), Path(folder, "report.csv")
         data.write_text(request_file(inputs), "utf-8")
         command = [str(binary), "-m", model, "-u", url, "-i", "grpc", "--input-data", str(data)]
         # A number of requests, not a time until figures settle: on a busy machine they never do.
-        command += ["--concurrency-range", str(concurrency), "--request-count", str(requests)]
-        command += ["-f", str(report), "--profile-export-file", str(times)]
+        command += ["--concurrency-range", str(concurrency), "--request-count", str(requests), "-f", str(report)]
         try:
             done = subprocess.run(
                 command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=RUN_SECONDS, check=False
@@ -101,16 +106,7 @@ def generate(
             raise _failed(f"{type(error).__name__}: {error}") from error
         if done.returncode or not report.exists():
             raise _failed(_reason(done.stdout + done.stderr) or f"it ended with code {done.returncode}")
-        load = parse_report(report.read_text("utf-8"))[0]
-        return replace(load, per_second=rate(times.read_bytes()))
-
-
-def rate(export: bytes) -> float:
-    """Answers per second in an export of `--profile-export-file`. MachineError if it holds no request."""
-    sent, answered = ([int(text) for text in pattern.findall(export)] for pattern in (_SENT, _ANSWERED))
-    if not sent or len(sent) != len(answered):
-        raise _failed(f"its export holds {len(sent)} requests and {len(answered)} answers")
-    return len(answered) * 1e9 / (max(answered) - min(sent))
+        return parse_report(report.read_text("utf-8"))[0]
 
 
 def _reason(output: str) -> str:

@@ -27,6 +27,7 @@ from PIL import Image
 
 from fssdeploy import __version__
 from fssdeploy.artifact import MANIFEST, Artifact, digest, file_sha256, load
+from fssdeploy.deployment import REHEARSAL
 from fssdeploy.errors import InputError, IntegrityError
 from fssdeploy.files import staged_folder, storage_error, sync_folder
 from fssdeploy.report import Report, Table
@@ -39,6 +40,7 @@ FORMAT = 1
 FIRST_VERSION = 1
 COMPILED = "__pycache__"  # the server adds to it, so that no manifest lists it
 
+ORDINARY = (640, 480)  # width and height of the picture that warms up the enrolled path
 # An input of a sample: an array with its batch dimension, or the files of a text input.
 Sample = Mapping[str, np.ndarray | Sequence[bytes]]
 
@@ -335,6 +337,8 @@ def _write_system(
 ) -> dict[str, dict[str, Any]]:
     """All models of a system; their configs by name."""
     samples = _samples(names, artifact)
+    if options.device != "cpu":  # the server, while it loads a model, takes none of the calls that this one makes then
+        del samples[names.segment]
     shapes = {model: {name: np.shape(value) for name, value in sample.items()} for model, sample in samples.items()}
     served = configs(names, artifact.specs, artifact.manifest["preprocessing"], options, shapes)
     for model, config in served.items():
@@ -374,10 +378,12 @@ def _samples(names: Names, artifact: Artifact) -> dict[str, Sample]:
         state = outputs if stage == "enroll" else state
         known |= outputs
     packed = pack(placements)
+    ordinary = np.asarray(Image.fromarray(picture).resize(ORDINARY))
     return {
         **samples,
         names.prepare_query: {"pictures": [png(picture)]},
         names.prepare_support: {"pictures": [png(picture)], "masks": [png(mask)]},
+        names.segment: {"picture": [png(ordinary)], "names": [REHEARSAL.encode()]},
         names.merge_shots: {**state, "placements": packed, "picture": canvases},
         names.finish: {"mask_logits": known["mask_logits"], "placements": packed},
     }

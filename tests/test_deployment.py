@@ -331,3 +331,12 @@ def test_a_fingerprint_of_another_artifact(tmp_path: Path) -> None:
         deployment.enroll("a", [picture], [mask])
     with pytest.raises((IntegrityError, InputError)):
         deployment.segment(picture)
+
+
+def test_a_rehearsal_needs_no_bank_and_leaves_none(tiny_artifact: Path, tmp_path: Path, picture: np.ndarray) -> None:
+    deployment = open_deployment(tiny_artifact, tmp_path / "bank", threads=1)
+    ((name, found),) = deployment.rehearse(picture).items()
+    assert found.mask.shape == picture.shape[:2] and found.version == 0
+    assert not (tmp_path / "bank").exists()
+    with pytest.raises(InputError):  # nobody can enrol a class of this name
+        deployment.enroll(name, [picture], [np.ones(picture.shape[:2], bool)])

@@ -32,6 +32,11 @@ class CountingEngine:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
             self.counts[stage] = self.counts.get(stage, 0) + 1
 
+    def forget(self) -> None:
+        """Count from nothing again."""
+        self.seconds = dict.fromkeys(self.specs, 0.0)
+        self.counts = dict.fromkeys(self.specs, 0)
+
     def describe(self) -> dict[str, Any]:
         return self._engine.describe()
 

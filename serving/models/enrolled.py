@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from fssdeploy.artifact import Artifact, load
 from fssdeploy.deployment import CACHE_BYTES, Deployment
 from fssdeploy.engines import available_cores
 from fssdeploy.errors import InputError
-from fssdeploy.images.pictures import load_picture
 from fssdeploy.pipeline import CHUNK, StagedSystem
 from fssdeploy.serving.models.answers import Settings, input_array, required
 from fssdeploy.serving.models.engine import CountingEngine, TritonEngine
 from fssdeploy.serving.models.metrics import Metrics
+
+# Metrics follow a request by this time: a message to the server for each of them would make every request 2 % slower.
+PUBLISH_SECONDS = 0.2
 
 # What a config need not say.
 DEFAULTS = {
@@ -53,8 +56,6 @@ class EnrolledModel:
         settings.parameters.update({key: settings.parameters.get(key) or text for key, text in DEFAULTS.items()})
         system_name = settings.name.removesuffix(f"_{self.kind}")
         system = _open_system(settings, system_name)
-        if settings.parameters["engine"] == "session":  # the server takes no calls of other models while it loads one
-            _warm_up(system)
         self._engine = CountingEngine(system.engine)
         system.engine = self._engine
         self.max_picture_bytes = settings.number("max_picture_bytes")
@@ -65,11 +66,19 @@ class EnrolledModel:
             max_pixels=settings.number("max_pixels"),
             max_mask_bytes=settings.number("max_mask_bytes"),
         )
+        if settings.parameters["engine"] == "session":  # the server takes no calls of other models while it loads one
+            for _ in range(2):
+                self.deployment.rehearse(_noise())
+            self._engine.forget()
         self._metrics = Metrics(system_name, args["model_instance_name"])
+        self._timer: threading.Timer | None = None
         self.publish()
 
     def finalize(self) -> None:
         """Take the metrics back; the server would show them for ever."""
+        if (timer := self._timer) is not None:
+            timer.cancel()
+            timer.join()
         self._metrics.close()
 
     answers: Callable[[list[Any]], list[Any]]  # one for each request
@@ -77,12 +86,19 @@ class EnrolledModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One answer for each request."""
         answers = self.answers(requests)
-        self.publish()
+        if self._timer is None:
+            self._timer = threading.Timer(PUBLISH_SECONDS, self._publish_all)
+            self._timer.daemon = True
+            self._timer.start()
         return answers
 
     def publish(self) -> None:
         """Bring the metrics up to date."""
-        self._metrics.publish(self._engine.seconds, self._engine.counts, self.deployment.counters)
+        self._metrics.publish(dict(self._engine.seconds), dict(self._engine.counts), self.deployment.counters)
+
+    def _publish_all(self) -> None:
+        self._timer = None  # what comes from now on needs another one
+        self.publish()
 
 
 def one_of(request: Any, first: str, second: str) -> str:
@@ -125,14 +141,9 @@ def _bank_folder(settings: Settings, system: str) -> Path:
     return (settings.folder / settings.parameters.get("bank", f"../../bank/{system}")).resolve()
 
 
-def _warm_up(system: StagedSystem) -> None:
-    """Run the whole path twice, so that the first requests are no slower than the later ones."""
+def _noise() -> bytes:
+    """A picture file of 128 x 128 pixels."""
     levels = np.arange(128 * 128 * 3, dtype=np.uint32).reshape(128, 128, 3)
     stream = io.BytesIO()
     Image.fromarray((levels * 2654435761 >> 24).astype(np.uint8)).save(stream, "JPEG")
-    mask = np.zeros((128, 128), bool)
-    mask[:64] = True
-    for _ in range(2):
-        features = system.encode([load_picture(stream.getvalue())])
-        masks = system.segment(features, {"warm-up": system.enroll(features, [mask])})
-        masks.score(0, "warm-up")
+    return stream.getvalue()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fssdeploy.deployment import REHEARSAL
 from fssdeploy.errors import InputError
 from fssdeploy.serving.models.answers import answer_each, files_of, input_array, required
 from fssdeploy.serving.models.enrolled import EnrolledModel, one_of, texts_of
@@ -25,14 +26,18 @@ OUTPUTS = (
 
 
 class TritonPythonModel(EnrolledModel):
-    """Finds the classes of the bank; it is read anew for every request, and class states are kept in memory."""
+    """Finds the classes of the bank; it is read anew for every request, and class states are kept in memory.
+
+    The server's warm-up and health checks send the one name `REHEARSAL`, for which no bank is needed.
+    """
 
     kind = "segment"
 
     @answer_each
     def answers(self, request: Any) -> dict[str, np.ndarray]:
         names = None if input_array(request, "names") is None else texts_of(request, "names")
-        found = self.deployment.segment(self._picture(request), names)
+        picture = self._picture(request)
+        found = self.deployment.rehearse(picture) if names == [REHEARSAL] else self.deployment.segment(picture, names)
         return {
             "names_found": np.array([name.encode() for name in found], object),
             "masks": np.stack([item.mask for item in found.values()]).view(np.uint8),

@@ -36,7 +36,7 @@ def samples(specs: Mapping[str, StageSpec]) -> dict[str, dict[str, tuple[int | s
         NAMES.stage(stage): {tensor.name: (1, *tensor.shape[1:]) for tensor in spec.inputs}
         for stage, spec in specs.items()
     }
-    return {**stages, NAMES.prepare_query: {"pictures": (1,)}}
+    return {**stages, NAMES.prepare_query: {"pictures": (1,)}, NAMES.segment: {"picture": (1,), "names": (1,)}}
 
 
 def made(variant: str) -> dict[str, dict[str, Any]]:

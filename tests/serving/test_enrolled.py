@@ -33,6 +33,7 @@ from fssdeploy.serving.client import AsyncClient, Client
 from fssdeploy.serving.configs import Options
 from fssdeploy.serving.environment import Environment
 from fssdeploy.serving.models import enroll, segment
+from fssdeploy.serving.models.enrolled import PUBLISH_SECONDS
 from fssdeploy.serving.repository import write_repository
 from fssdeploy.serving.server import Server
 from tests.cli.command import fssdeploy
@@ -234,6 +235,7 @@ def test_metrics(host: Host, metrics: dict[str, list[Series]]) -> None:
     for names in ("a", "ab", "ab"):
         host.infer("s_segment", {"pixels": picture, "names": texts(*names)})
     refused(host, "s_segment", {"pixels": picture, "names": texts("c")})
+    time.sleep(2 * PUBLISH_SECONDS)
     assert (value("fssdeploy_bank_cache_hits_total"), value("fssdeploy_bank_cache_misses_total")) == (3, 2)
     assert value("fssdeploy_bank_cache_bytes") == 8
     counts = {stage: value("fssdeploy_stage_count_total", stage) for stage in ("encoder", "enroll", "segment")}
@@ -561,12 +563,14 @@ def test_metrics_of_several_instances(served: Server) -> None:
 
     with Client(served.http_url, "grey", timeout=120) as client:
         client.enroll("measured", [flat(123)], [ALL])  # a state that no other test has made
+        time.sleep(2 * PUBLISH_SECONDS)
         before = metrics_of(served)
         threads = [threading.Thread(target=client.segment, args=(flat(123), ["measured"])) for _ in range(12)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    time.sleep(2 * PUBLISH_SECONDS)
     after = metrics_of(served)
     instances = {labels for labels in after["fssdeploy_bank_cache_bytes"] if "grey_segment" in labels}
     assert len(instances) == 2

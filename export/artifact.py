@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import fssdeploy
-from fssdeploy.artifact import FORMAT, MANIFEST, digest, file_sha256
+from fssdeploy.artifact import FORMAT, MANIFEST, digest, file_sha256, system_class
 from fssdeploy.engines import RUNTIMES, available_cores, open_engine
 from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.errors import CheckFailedError, InputError, MachineError
@@ -38,7 +38,7 @@ from fssdeploy.weights.provenance import Provenance, fingerprint
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARITY = "parity.json"
-_OWN_FILE = re.compile(r"(manifest|parity)\.json|[a-z]+(\.ort)?\.onnx(\.data)?")
+_OWN_FILE = re.compile(r"(manifest|parity)\.json|[a-z_]+(\.ort)?\.onnx(\.data)?")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,16 @@ class ExportRequest:
 
     @property
     def specs(self) -> dict[str, StageSpec]:
-        """Contracts of the chosen stages, in their order; without a dynamic batch it is fixed at 1."""
+        """Contracts of the chosen stages, in their order; without a dynamic batch it is fixed at 1.
+
+        The rows of a stage with inputs that they share are prompts, whose number always varies.
+        """
         specs = self.system.specs(self.config)
         wanted = list(specs) if "all" in self._wanted() else self._wanted()
         chosen = {name: spec for name, spec in specs.items() if name in wanted}
-        return chosen if self.dynamic_batch else {name: _fixed(spec) for name, spec in chosen.items()}
+        if self.dynamic_batch:
+            return chosen
+        return {name: spec if spec.shared else _fixed(spec) for name, spec in chosen.items()}
 
     def _wanted(self) -> list[str]:
         return [part.strip() for part in self.components.split(",")]
@@ -171,7 +176,6 @@ def _write_graphs(
             modules[name],
             spec,
             folder,
-            dynamic_batch=request.dynamic_batch,
             precision=request.precision,
             fuse=fuse,
         )
@@ -215,7 +219,13 @@ def _check(
         for name, (runtime, paths) in wanted.items()
     }
     result = check_parity(
-        reference, candidates, request.specs, request.system.preprocessing(request.config), request.precision, progress
+        reference,
+        candidates,
+        request.specs,
+        request.system.preprocessing(request.config),
+        request.precision,
+        progress,
+        system=system_class(request.system.NAME),
     )
     if not result["holds"]:
         raise CheckFailedError(

@@ -38,14 +38,13 @@ def example_inputs(spec: StageSpec, batch: int) -> tuple[torch.Tensor, ...]:
     inputs = []
     for tensor in spec.inputs:
         shape = [batch if dim == BATCH else int(dim) for dim in tensor.shape]
-        array = generator.integers(0, 256, shape) if tensor.dtype == "uint8" else generator.standard_normal(shape)
+        whole = {"uint8": 256, "int32": 2}.get(tensor.dtype)
+        array = generator.integers(0, whole, shape) if whole else generator.standard_normal(shape)
         inputs.append(torch.from_numpy(array.astype(tensor.dtype)))
     return tuple(inputs)
 
 
-def export_stage(
-    module: torch.nn.Module, spec: StageSpec, folder: Path, *, dynamic_batch: bool, precision: str, fuse: bool
-) -> StageFiles:
+def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path, *, precision: str, fuse: bool) -> StageFiles:
     """Write ``<stage>.onnx``, its weights ``<stage>.onnx.data`` and, with `fuse`, ``<stage>.ort.onnx``.
 
     The weights always stand outside the graph: one layout for every size of network, and both graphs share them.
@@ -55,12 +54,12 @@ def export_stage(
     with _quiet_exporter():
         program = torch.onnx.export(
             module.eval(),
-            example_inputs(spec, TRACED_BATCH if dynamic_batch else 1),
+            example_inputs(spec, TRACED_BATCH if spec.free_batch else 1),
             dynamo=True,
             opset_version=OPSET_BF16 if precision == "bf16" else OPSET,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=_dynamic_shapes(module, spec, batch) if dynamic_batch else None,
+            dynamic_shapes=_dynamic_shapes(module, spec, batch) if spec.free_batch else None,
             verbose=False,
         )
     if program is None:
@@ -104,7 +103,7 @@ def _dynamic_shapes(module: torch.nn.Module, spec: StageSpec, batch: object) -> 
     """One entry per argument of forward; arguments gathered by *state form one nested tuple."""
     import inspect
 
-    dynamic = [{0: batch} for _ in spec.inputs]
+    dynamic = [{} if tensor.name in spec.shared else {0: batch} for tensor in spec.inputs]
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         named = kinds.index(inspect.Parameter.VAR_POSITIONAL)

@@ -6,6 +6,7 @@ the exported stages are chained through the same pipeline that deployment uses, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from fssdeploy.errors import MachineError
+from fssdeploy.glue.sam import LABELS
 from fssdeploy.images.geometry import fit_picture, place
 from fssdeploy.pipeline import StagedSystem, run_in_chunks
-from fssdeploy.protocol import Engine, StageSpec
+from fssdeploy.protocol import Engine, StageSpec, TensorSpec
 from fssdeploy.report import Report, Table
 
 ODD_BATCH = 3
@@ -91,6 +93,7 @@ def check_parity(
     preprocessing: Mapping[str, Any],
     precision: str,
     progress: Callable[[str], None] = lambda _: None,
+    system: type[StagedSystem] = StagedSystem,
 ) -> dict[str, Any]:
     """Compare every candidate with the reference; the result is what ``parity.json`` holds.
 
@@ -106,9 +109,9 @@ def check_parity(
         for stage, spec in specs.items():
             progress(f"parity: {stage} on {name}")
             tensors.extend(_compare_stage(engine, name, spec, known, tolerance))
-    if {"encoder", "enroll", "segment"} <= set(specs):
+    if set(reference.specs) <= set(specs):
         systems = {
-            name: StagedSystem("parity", specs, engine, preprocessing, "")
+            name: system("parity", specs, engine, preprocessing, "")
             for name, engine in {"": reference, **candidates}.items()
         }
         progress("parity: masks")
@@ -194,9 +197,37 @@ def _reference_values(
     }
     for known in values.values():
         for spec in reference.specs.values():
-            inputs = {tensor.name: known[tensor.name] for tensor in spec.inputs}
-            known.update(run_in_chunks(reference, spec, inputs, chunk=1))
+            for tensor in spec.inputs:
+                known.setdefault(tensor.name, _input(tensor, known["picture"]))
+            outputs = run_in_chunks(reference, spec, _rows(spec, known, ODD_BATCH), chunk=1)
+            # Later stages ask by name alone; several stages may give an output the same name.
+            known.update(outputs)
+            known.update({f"{spec.name}.{name}": array for name, array in outputs.items()})
     return values
+
+
+def _input(tensor: TensorSpec, pictures: np.ndarray) -> np.ndarray:
+    """ODD_BATCH rows of an input that comes from no stage.
+
+    The same pictures on another canvas, every label in turn, places and sizes on the canvas, noise.
+    """
+    shape, canvas = (ODD_BATCH, *(int(side) for side in tensor.shape[1:])), pictures.shape[-1]
+    if tensor.dtype == "uint8":
+        nearest = np.arange(shape[-1]) * canvas // shape[-1]
+        return np.ascontiguousarray(pictures[..., nearest[:, None], nearest])
+    if tensor.name == "labels":
+        return (np.arange(math.prod(shape)).reshape(shape) % len(LABELS) + min(LABELS)).astype(tensor.dtype)
+    rng = np.random.default_rng(0)
+    if tensor.dtype == "int32":
+        return rng.integers(1, canvas, shape, tensor.dtype, endpoint=True)
+    if tensor.name == "points":
+        return rng.uniform(0, canvas, shape).astype(tensor.dtype)
+    return rng.standard_normal(shape).astype(tensor.dtype)
+
+
+def _rows(spec: StageSpec, values: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """The first `count` rows of every input of a stage; of what its rows share, the first alone."""
+    return {tensor.name: values[tensor.name][: 1 if tensor.name in spec.shared else count] for tensor in spec.inputs}
 
 
 def _compare_stage(
@@ -209,12 +240,13 @@ def _compare_stage(
     """Batch 1 and an odd batch on natural pictures, the odd batch on degenerate ones."""
     for kind, values in known.items():
         for batch in (1, ODD_BATCH) if kind == "natural" else (ODD_BATCH,):
-            inputs = {tensor.name: values[tensor.name][:batch] for tensor in spec.inputs}
+            inputs = _rows(spec, values, batch)
             for output, array in run_in_chunks(engine, spec, inputs, chunk=ODD_BATCH).items():
                 # A degenerate input may give a nearly constant tensor: the scale is the one natural pictures give.
-                scale = float(known["natural"][output].std())
+                key = f"{spec.name}.{output}"
+                scale = float(known["natural"][key].std())
                 where = (name, spec.name, output, kind, batch)
-                yield _compare_tensor(array, values[output][:batch], scale, tolerance, where)
+                yield _compare_tensor(array, values[key][:batch], scale, tolerance, where)
 
 
 def _compare_tensor(

@@ -6,6 +6,7 @@ Reading only; artifacts are written by fssdeploy.export. Never imports torch.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Systems with steps of their own between the stages; all others chain their stages by the names of the tensors.
+_GLUE = {
+    "gfsam": "fssdeploy.glue.gfsam:GFSam",
+    "matcher": "fssdeploy.glue.matcher:Matcher",
+    "persam": "fssdeploy.glue.persam:PerSam",
+}
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -160,7 +167,6 @@ def load(
     sha256 of every file is checked first. Raises InputError, IntegrityError or MachineError (runtime not installed).
     """
     from fssdeploy.engines import open_engine
-    from fssdeploy.pipeline import StagedSystem
 
     artifact = Artifact.open(path)
     if artifact.manifest["precision"] == "bf16" and runtime == "onnxruntime":
@@ -174,7 +180,15 @@ def load(
         artifact.verify()
     graphs = {stage: artifact.graph(stage, runtime) for stage in artifact.manifest["stages"]}
     engine = open_engine(runtime, graphs, artifact.specs, threads=threads)
-    return StagedSystem(artifact.name, artifact.specs, engine, artifact.manifest["preprocessing"], artifact.fingerprint)
+    opened = system_class(artifact.manifest["system"])
+    return opened(artifact.name, artifact.specs, engine, artifact.manifest["preprocessing"], artifact.fingerprint)
+
+
+def system_class(system: str) -> type[StagedSystem]:
+    """What speaks the three verbs for a system; all are made as `StagedSystem` is."""
+    module, _, name = _GLUE.get(system, "fssdeploy.pipeline:StagedSystem").partition(":")
+    found: type[StagedSystem] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _damaged(file: Path, why: str) -> IntegrityError:

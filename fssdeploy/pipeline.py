@@ -14,7 +14,7 @@ import numpy as np
 from fssdeploy.errors import InputError, IntegrityError
 from fssdeploy.images.geometry import Placement, fit_mask, fit_picture, place, unfit
 from fssdeploy.images.masks import Mask, mask_from_array
-from fssdeploy.protocol import BATCH, ClassState, Engine, Features, Masks, StageSpec
+from fssdeploy.protocol import ClassState, Engine, Features, Masks, StageSpec
 
 # An object that covers less of its fullest feature cell than this is background to the encoder: the prototype would
 # describe the surroundings. One tenth of a 14-pixel patch is a patch of 4 x 5 pixels, or a line 1.4 pixels wide.
@@ -26,13 +26,18 @@ CHUNK = 8
 def run_in_chunks(
     engine: Engine, spec: StageSpec, inputs: Mapping[str, np.ndarray], chunk: int = CHUNK
 ) -> dict[str, np.ndarray]:
-    """Run a stage on any number of rows: in chunks if its batch may vary, else in the batch it was exported for (1)."""
-    declared = spec.inputs[0].shape[0]
-    step = chunk if declared == BATCH else int(declared)
-    total = len(next(iter(inputs.values())))
+    """Run a stage on any number of rows: in chunks if its batch may vary, else in the batch it was exported for (1).
+
+    Inputs that all rows share are passed as they are.
+    """
+    step = chunk if spec.free_batch else int(spec.inputs[0].shape[0])
+    total = next(len(array) for name, array in inputs.items() if name not in spec.shared)
     parts = []
     for start in range(0, total, step):
-        rows = {name: np.ascontiguousarray(array[start : start + step]) for name, array in inputs.items()}
+        rows = {
+            name: np.ascontiguousarray(array if name in spec.shared else array[start : start + step])
+            for name, array in inputs.items()
+        }
         parts.append(engine.run(spec.name, rows))
     if len(parts) == 1:
         return parts[0]
@@ -42,6 +47,65 @@ def run_in_chunks(
 def mean_of_shots(per_shot: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The tensors of a class state from those of its k shots, each (k, ...): their plain mean."""
     return {name: array.mean(0, dtype=np.float64).astype(array.dtype) for name, array in per_shot.items()}
+
+
+def objects_of(
+    masks: Sequence[Mask | np.ndarray], placements: Sequence[Placement], *, allow_empty: bool = False
+) -> list[np.ndarray]:
+    """The objects, bool (height, width), in one mask for each placed picture.
+
+    InputError if their number differs, a mask is not of its picture's size, or it is empty and must not be.
+    """
+    if len(masks) != len(placements):
+        raise InputError(
+            "masks_count",
+            f"{len(placements)} pictures came with {len(masks)} masks",
+            "",
+            "Give one mask for each picture.",
+        )
+    objects = [(mask if isinstance(mask, Mask) else mask_from_array(mask)).object for mask in masks]
+    for number, (found, where) in enumerate(zip(objects, placements, strict=True), 1):
+        if found.shape != (where.height, where.width):
+            raise InputError(
+                "mask_size",
+                f"mask {number} is {' x '.join(map(str, found.shape))} pixels (height x width)",
+                f"its picture is {where.height} x {where.width}",
+                "Masks are never resized: make it at the picture's size.",
+            )
+        if not allow_empty and not found.any():
+            raise InputError("mask_empty", f"mask {number} marks nothing", "", "Mark the object in every picture.")
+    return objects
+
+
+def check_coverage(coverage: float, number: int) -> None:
+    """InputError if an object covers so little of its fullest feature cell that no feature is of the object."""
+    if coverage < MIN_COVERAGE:
+        raise InputError(
+            "object_vanishes",
+            f"the object in mask {number} is too small to be seen",
+            f"it fills {coverage:.1%} of the feature cell it fills most; {MIN_COVERAGE:.0%} are needed",
+            "Crop the picture around the object, or export with a larger --image-size.",
+        )
+
+
+def check_origin(fingerprint: str, expected: str, what: str) -> None:
+    """IntegrityError unless features or a class state carry the fingerprint of the artifact that is to use them."""
+    if fingerprint != expected:
+        raise IntegrityError(
+            "other_artifact",
+            f"{what} came from another artifact",
+            "weights or preprocessing differ",
+            "Encode and enrol again with this one.",
+        )
+
+
+def check_query(features: Features, states: Mapping[str, ClassState], fingerprint: str) -> None:
+    """Whether `segment` can begin: InputError without classes, IntegrityError where something is of other weights."""
+    check_origin(features.fingerprint, fingerprint, "features")
+    if not states:
+        raise InputError("no_classes", "there is no class to look for", "", "Enrol one first.")
+    for name, state in states.items():
+        check_origin(state.fingerprint, fingerprint, f"class '{name}'")
 
 
 @dataclass(frozen=True)
@@ -78,38 +142,13 @@ class Preprocessing:
         InputError if their number differs, or a mask is empty, of another size, or so small that no feature cell sees
         the object.
         """
-        if len(masks) != len(placements):
-            raise InputError(
-                "masks_count",
-                f"{len(placements)} pictures came with {len(masks)} masks",
-                "",
-                "Give one mask for each picture.",
-            )
-        pairs = zip(masks, placements, strict=True)
-        return np.stack([self._fit_mask(mask, where, number) for number, (mask, where) in enumerate(pairs, 1)])[:, None]
-
-    def _fit_mask(self, mask: Mask | np.ndarray, where: Placement, number: int) -> np.ndarray:
-        chosen = mask if isinstance(mask, Mask) else mask_from_array(mask)
-        if chosen.object.shape != (where.height, where.width):
-            raise InputError(
-                "mask_size",
-                f"mask {number} is {' x '.join(map(str, chosen.object.shape))} pixels (height x width)",
-                f"its picture is {where.height} x {where.width}",
-                "Masks are never resized: make it at the picture's size.",
-            )
-        if not chosen.object.any():
-            raise InputError("mask_empty", f"mask {number} marks nothing", "", "Mark the object in every picture.")
-        fitted = fit_mask(chosen.object, where)
+        pairs = zip(objects_of(masks, placements), placements, strict=True)
+        fitted = np.stack([fit_mask(found, where) for found, where in pairs])
         cells = self.canvas // self.patch
-        coverage = float(fitted.reshape(cells, self.patch, cells, self.patch).mean((1, 3)).max())
-        if coverage < MIN_COVERAGE:
-            raise InputError(
-                "object_vanishes",
-                f"the object in mask {number} is too small to be seen",
-                f"it fills {coverage:.1%} of the feature cell it fills most; {MIN_COVERAGE:.0%} are needed",
-                "Crop the picture around the object, or export with a larger --image-size.",
-            )
-        return fitted
+        shares = fitted.reshape(len(fitted), cells, self.patch, cells, self.patch).mean((2, 4))
+        for number, share in enumerate(shares, 1):
+            check_coverage(float(share.max()), number)
+        return fitted[:, None]
 
 
 class StagedSystem:
@@ -140,7 +179,7 @@ class StagedSystem:
 
         InputError if a mask is empty, of another size, or so small that no feature cell sees the object.
         """
-        self._check_origin(features.fingerprint, "features")
+        check_origin(features.fingerprint, self.fingerprint, "features")
         fitted = self.preprocessing.fit_masks(masks, features.placements)
         spec = self._spec("enroll")
         inputs = self._gather(spec, features.tensors, {"mask": fitted})
@@ -149,11 +188,7 @@ class StagedSystem:
 
     def segment(self, features: Features, states: Mapping[str, ClassState]) -> Masks:
         """Masks of every class in every picture; its cost does not depend on the number of shots behind a state."""
-        self._check_origin(features.fingerprint, "features")
-        if not states:
-            raise InputError("no_classes", "there is no class to look for", "", "Enrol one first.")
-        for name, state in states.items():
-            self._check_origin(state.fingerprint, f"class '{name}'")
+        check_query(features, states, self.fingerprint)
         spec = self._spec("segment")
         masks = Masks(list(states), [], [])
         for index in range(len(features)):
@@ -182,12 +217,3 @@ class StagedSystem:
         """The inputs of a stage, by name, from what the stages before it returned."""
         available = {name: array for source in sources for name, array in source.items()}
         return {tensor.name: available[tensor.name] for tensor in spec.inputs if tensor.name in available}
-
-    def _check_origin(self, fingerprint: str, what: str) -> None:
-        if fingerprint != self.fingerprint:
-            raise IntegrityError(
-                "other_artifact",
-                f"{what} came from another artifact",
-                "weights or preprocessing differ",
-                "Encode and enrol again with this one.",
-            )

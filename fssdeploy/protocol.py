@@ -15,6 +15,8 @@ from fssdeploy.errors import InputError
 from fssdeploy.images.geometry import Placement
 
 BATCH = "batch"
+# In `ClassState.meta`: how states of one class become one. Without it, tensors are means over shots.
+MERGE, CONCATENATE = "merge", "concatenate"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ class StageSpec:
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @property
+    def free_batch(self) -> bool:
+        """Whether the number of rows may vary."""
+        return any(tensor.shape[0] == BATCH for tensor in self.inputs)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Inputs that serve every row: of one picture, where the rows are prompts."""
+        return tuple(tensor.name for tensor in self.inputs if tensor.shape[0] != BATCH) if self.free_batch else ()
 
     def check(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Raise InputError for a missing, surplus, mistyped or misshapen input."""
@@ -133,9 +145,11 @@ class Features:
 
 @dataclass
 class ClassState:
-    """What `enroll` returns: all that a query needs to know of a class, of a size that does not depend on k.
+    """What `enroll` returns: all that a query needs to know of a class.
 
-    Every tensor is a mean over shots without a batch dimension, so that states of the same class can be merged.
+    Usually every tensor is a mean over shots without a batch dimension, so its size does not depend on k. Where
+    ``meta["merge"]`` is "concatenate", the first axis of every tensor lists the shots, or rows of one shot after the
+    other. Either way, states of the same class can be merged.
     """
 
     tensors: dict[str, np.ndarray]
@@ -153,6 +167,9 @@ class ClassState:
                 "Enrol both with the same artifact.",
             )
         total = self.shots + other.shots
+        if self.meta.get(MERGE) == CONCATENATE:
+            listed = {name: np.concatenate([array, other.tensors[name]]) for name, array in self.tensors.items()}
+            return ClassState(listed, total, self.fingerprint, {**self.meta, **other.meta})
         tensors = {
             name: ((array.astype(np.float64) * self.shots + other.tensors[name] * float(other.shots)) / total).astype(
                 array.dtype

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fssdeploy.cli.common import Json, emit, progress_lines
 from fssdeploy.errors import InputError, MachineError
 
-if TYPE_CHECKING:
-    from fssdeploy.systems.fsdino import FSDinoConfig
-
 UNTRAINED_SEED = 0
 
 
 def export(
-    system: Annotated[str, typer.Argument(help="The system to export: fsdino.")],
+    system: Annotated[str, typer.Argument(help="The system to export: fsdino or gfsam.")],
     preset: Annotated[str, typer.Option(help="tiny, small, base or large.")] = "tiny",
     weights: Annotated[
         list[Path] | None, typer.Option(help="Checkpoint; several add up (encoder, decoder, ...).")
@@ -26,9 +23,9 @@ def export(
     image_size: Annotated[int | None, typer.Option(help="Side of the encoder's canvas, in pixels.")] = None,
     variant: Annotated[str | None, typer.Option(help="full, or compact (no 4D correlation).")] = None,
     options: Annotated[
-        list[str] | None, typer.Option("--set", help="An open choice: NAME=VALUE (docs/fsdino.md).")
+        list[str] | None, typer.Option("--set", help="An open choice or a network: NAME=VALUE (docs/SYSTEM.md).")
     ] = None,
-    components: Annotated[str, typer.Option(help="all, or some of encoder,enroll,segment.")] = "all",
+    components: Annotated[str, typer.Option(help="all, or some stages: encoder,enroll,segment.")] = "all",
     precision: Annotated[
         str, typer.Option(help="fp32, fp16 or bf16 inside the graphs; inputs and outputs stay.")
     ] = "fp32",
@@ -65,12 +62,12 @@ def export(
 
 
 def sources(
-    system: str, preset: str, config: FSDinoConfig, weights: list[Path], untrained: bool
+    system: str, preset: str, config: Any, weights: list[Path], untrained: bool
 ) -> tuple[list[Path], int | None]:
     """Checkpoint files to load, and the seed for what they leave open.
 
-    The tiny preset comes with weights of its own. With other choices than the preset's they do not fit; there seeded
-    ones stand in, and every output says so.
+    The tiny preset comes with weights of its own. Where other choices than the preset's change the networks, they do
+    not fit; there seeded ones stand in, and every output says so.
     """
     from fssdeploy import shipped
     from fssdeploy.systems import get_system
@@ -79,10 +76,15 @@ def sources(
         return weights, UNTRAINED_SEED if untrained else None
     if preset not in shipped.PRESETS:
         return [], None
-    file = shipped.checkpoint(f"{system}-{preset}")
-    if file and config == get_system(system).PRESETS[preset]:
-        return [file], None
-    return [], UNTRAINED_SEED
+    files = shipped.checkpoints(system, preset)
+    module = get_system(system)
+    made_for = module.PRESETS[preset]
+    networks = getattr(module, "NETWORKS", None)
+    if networks is None:
+        fits = config == made_for
+    else:  # all other choices concern the steps around the networks
+        fits = all(getattr(config, name) == getattr(made_for, name) for name in networks)
+    return (files, None) if files and fits else ([], UNTRAINED_SEED)
 
 
 def _outlook(seed: int | None, given: bool) -> list[str]:
@@ -99,36 +101,50 @@ def configure(
     image_size: int | None = None,
     variant: str | None = None,
     options: list[str] | None = None,
-) -> FSDinoConfig:
+) -> Any:
     """The configuration of a preset with the choices of the command line. InputError for an unknown name or value."""
     from fssdeploy.systems import get_system
 
-    presets = get_system(system).PRESETS
+    module = get_system(system)
+    presets = module.PRESETS
     if preset not in presets:
         raise InputError("preset_unknown", f"there is no preset '{preset}'", "", f"Choose from: {', '.join(presets)}.")
-    config: FSDinoConfig = presets[preset]
-    changes: dict[str, object] = {}
+    config = presets[preset]
+    networks: dict[str, dict[str, Any]] = getattr(module, "NETWORKS", {})
+    changes: dict[str, Any] = {}
     encoder: dict[str, object] = {}
-    for option in options or []:
-        name, _, text = option.partition("=")
-        target = encoder if name == "registers" else changes
-        target[name] = _typed(config.encoder if name == "registers" else config, name, text)
-    if encoder:  # the released networks with registers resample their position table in another way
-        encoder |= {"interpolate_antialias": True, "interpolate_offset": 0.0}
-    if image_size is not None:
-        changes["image_size"] = image_size
-    if variant is not None:
-        changes["variant"] = variant
-    return dataclasses.replace(config, **changes, encoder=dataclasses.replace(config.encoder, **encoder))  # type: ignore[arg-type]
+    for name, _, text in [option.partition("=") for option in options or []]:
+        if name in networks:
+            changes[name] = _network(networks[name], name, text)
+        elif name == "registers" and hasattr(config, "encoder"):
+            # The released networks with registers resample their position table in another way.
+            registers = _typed(config.encoder, name, text)
+            encoder = {"registers": registers, "interpolate_antialias": True, "interpolate_offset": 0.0}
+        else:
+            changes[name] = _typed(config, name, text)
+    for name, value in (("image_size", image_size), ("variant", variant)):
+        if value is not None:
+            changes[name] = _typed(config, name, str(value))
+    if encoder:
+        changes["encoder"] = dataclasses.replace(changes.get("encoder", config.encoder), **encoder)
+    return dataclasses.replace(config, **changes)
 
 
-def _typed(config: object, name: str, text: str) -> object:
+def _network(known: dict[str, Any], name: str, text: str) -> object:
+    if text not in known:
+        raise InputError("option_unknown", f"{name} cannot be '{text}'", "", f"Choose from: {', '.join(known)}.")
+    return known[text]
+
+
+def _typed(config: Any, name: str, text: str) -> object:
     """The text of an option in the type of its field."""
-    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}  # type: ignore[arg-type]
+    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     current = fields.get(name)
     if not isinstance(current, bool | int | str):
-        settable = sorted([key for key, value in fields.items() if isinstance(value, bool | int | str)] + ["registers"])
-        raise InputError("option_unknown", f"there is no option '{name}'", "", f"Choose from: {', '.join(settable)}.")
+        settable = [key for key, value in fields.items() if isinstance(value, bool | int | str)]
+        settable += ["registers"] * ("encoder" in fields)
+        choice = f"Choose from: {', '.join(sorted(settable))}."
+        raise InputError("option_unknown", f"there is no option '{name}'", "", choice)
     try:
         if isinstance(current, bool):
             return {"true": True, "false": False}[text.lower()]

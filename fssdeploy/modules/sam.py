@@ -40,6 +40,7 @@ class SamConfig:
     decoder_heads: int = 8
     decoder_mlp: int = 2048
     iou_hidden: int = 256
+    mask_channels: int = 16
 
     @property
     def grid(self) -> int:
@@ -76,7 +77,7 @@ class Sam(nn.Module):
             global_blocks=config.global_blocks,
             out=config.out,
         )
-        self.prompt_encoder = PromptEncoder(config.out, config.image_size, config.grid)
+        self.prompt_encoder = PromptEncoder(config.out, config.image_size, config.grid, config.mask_channels)
         self.mask_decoder = MaskDecoder(
             config.out, config.decoder_heads, config.decoder_mlp, iou_hidden=config.iou_hidden
         )

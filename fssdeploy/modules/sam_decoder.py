@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fssdeploy.modules.attention import multihead_attention
+from fssdeploy.modules.attention import join_heads, multihead_attention, split_heads
 from fssdeploy.modules.layer_norm2d import LayerNorm2d
 
 
@@ -39,17 +40,31 @@ class FourierPosition(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], -1)
 
 
-def mask_downscaling(dim: int) -> nn.Sequential:
-    """A mask's logits (B, 1, 4g, 4g) -> dense prompt (B, dim, g, g), as in SAM's prompt encoder."""
+def mask_downscaling(dim: int, channels: int = 16) -> nn.Sequential:
+    """A mask's logits (B, 1, 4g, 4g) -> dense prompt (B, dim, g, g), as in SAM's prompt encoder.
+
+    `channels` is the width of the last hidden layer, four times that of the first.
+    """
     return nn.Sequential(
-        nn.Conv2d(1, 4, 2, stride=2),
-        LayerNorm2d(4),
+        nn.Conv2d(1, channels // 4, 2, stride=2),
+        LayerNorm2d(channels // 4),
         nn.GELU(),
-        nn.Conv2d(4, 16, 2, stride=2),
-        LayerNorm2d(16),
+        nn.Conv2d(channels // 4, channels, 2, stride=2),
+        LayerNorm2d(channels),
         nn.GELU(),
-        nn.Conv2d(16, dim, 1),
+        nn.Conv2d(channels, dim, 1),
     )
+
+
+class Guidance(NamedTuple):
+    """What PerSAM adds to the decoder (Zhang et al., "Personalize Segment Anything Model with One Shot", section 3.3).
+
+    `attention_bias` (B, 1, 1, g*g) is added to the attention of the tokens to the picture, `token_offset` (B, 1, dim)
+    to every token.
+    """
+
+    attention_bias: torch.Tensor
+    token_offset: torch.Tensor
 
 
 class MaskDecoder(nn.Module):
@@ -82,26 +97,51 @@ class MaskDecoder(nn.Module):
         return (weights.unsqueeze(1) @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
 
     def predict(
-        self, embedding: torch.Tensor, position: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor
+        self,
+        embedding: torch.Tensor,
+        position: torch.Tensor,
+        sparse: torch.Tensor,
+        dense: torch.Tensor,
+        *,
+        absent: torch.Tensor | None = None,
+        guidance: Guidance | None = None,
+        wanted: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, masks, 4g, 4g) of every mask token and predicted IoU (B, masks) of each with the truth.
+        """Logits (B, M, 4g, 4g) of the `wanted` mask tokens and predicted IoU (B, M) of each with the truth.
 
         Token 0 is for prompts that leave no doubt, the others for parts, wholes and what lies between.
-        The shapes of the arguments are those of `forward`.
+        The shapes of the arguments are those of `forward`; embedding and dense may have batch 1 and then serve every
+        prompt set. Prompts where `absent` (B, prompts) is true take no part, as if they had not been given.
         """
-        queries, upscaled = self._exchange(embedding, position, sparse, dense)
-        weights = torch.stack([mlp(queries[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)], 1)
+        queries, upscaled = self._exchange(embedding, position, sparse, dense, absent, guidance)
+        heads = list(enumerate(self.output_hypernetworks_mlps, 1))[wanted]
+        weights = torch.stack([mlp(queries[:, token]) for token, mlp in heads], 1)
         logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
-        return logits, self.iou_prediction_head(queries[:, 0])
+        return logits, self.iou_prediction_head(queries[:, 0])[:, wanted]
 
     def _exchange(
-        self, embedding: torch.Tensor, position: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor
+        self,
+        embedding: torch.Tensor,
+        position: torch.Tensor,
+        sparse: torch.Tensor,
+        dense: torch.Tensor,
+        absent: torch.Tensor | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens (B, 1 + masks + prompts, dim) and up-scaled picture (B, dim/8, 4g, 4g) after the transformer."""
-        batch, _, rows, columns = embedding.shape
-        tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).unsqueeze(0).expand(batch, -1, -1)
-        picture = (embedding + dense).flatten(2).transpose(1, 2)
-        queries, picture = self.transformer(picture, position, torch.cat([tokens, sparse], 1))
+        rows, columns = embedding.shape[-2:]
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens = torch.cat([own.unsqueeze(0).expand(sparse.shape[0], -1, -1), sparse], 1)
+        if embedding.shape[0] == dense.shape[0]:
+            picture = (embedding + dense).flatten(2).transpose(1, 2)
+        else:  # OpenVINO would make the sum a part of the convolution before it, which takes no row for several
+            picture = embedding.flatten(2).transpose(1, 2) + dense.flatten(2).transpose(1, 2)
+        key_bias = None
+        if absent is not None:
+            # Of finite size, so that no score can become NaN; its exponential is zero all the same.
+            left_out = torch.finfo(tokens.dtype).min * absent.to(tokens.dtype)
+            key_bias = F.pad(left_out, (own.shape[0], 0))[:, None, None]
+        queries, picture = self.transformer(picture, position, tokens, key_bias, guidance)
         return queries, self.output_upscaling(picture.transpose(1, 2).unflatten(2, (rows, columns)))
 
 
@@ -113,13 +153,25 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(dim)
 
     def forward(
-        self, picture: torch.Tensor, position: torch.Tensor, tokens: torch.Tensor
+        self,
+        picture: torch.Tensor,
+        position: torch.Tensor,
+        tokens: torch.Tensor,
+        key_bias: torch.Tensor | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """picture (B, N, dim), position (1, N, dim), tokens (B, T, dim) -> tokens and picture after the exchange."""
+        """picture (B, N, dim), position (1, N, dim), tokens (B, T, dim) -> tokens and picture after the exchange.
+
+        `key_bias` (B, 1, 1, T) is added to the scores of the tokens wherever they are attended to.
+        """
+        attention_bias, offset = guidance or (None, 0)
+        tokens = tokens + offset  # PerSAM's offset reaches the codes of the tokens as well
         queries, keys = tokens, picture
         for layer in self.layers:
-            queries, keys = layer(queries, keys, tokens, position)
-        attended = self.final_attn_token_to_image(queries + tokens, keys + position, keys)
+            if not layer.first:
+                queries = queries + offset
+            queries, keys = layer(queries, keys, tokens, position, key_bias, attention_bias)
+        attended = self.final_attn_token_to_image(queries + tokens + offset, keys + position, keys)
         return self.norm_final_attn(queries + attended), keys
 
 
@@ -139,19 +191,30 @@ class TwoWayBlock(nn.Module):
         self.cross_attn_image_to_token = Attention(dim, heads, dim // 2)
 
     def forward(
-        self, queries: torch.Tensor, keys: torch.Tensor, query_code: torch.Tensor, key_code: torch.Tensor
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        query_code: torch.Tensor,
+        key_code: torch.Tensor,
+        key_bias: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.first:
             # SAM's first block has neither position codes nor a residual here.
-            queries = self.self_attn(queries, queries, queries)
+            queries = self.self_attn(queries, queries, queries, key_bias)
         else:
             coded = queries + query_code
-            queries = queries + self.self_attn(coded, coded, queries)
+            queries = queries + self.self_attn(coded, coded, queries, key_bias)
         queries = self.norm1(queries)
-        queries = self.norm2(queries + self.cross_attn_token_to_image(queries + query_code, keys + key_code, keys))
+        attend = self.cross_attn_token_to_image
+        if attention_bias is None:
+            attended = attend(queries + query_code, keys + key_code, keys)
+        else:
+            attended = attend.guided(queries + query_code, keys + key_code, keys, attention_bias)
+        queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
-        keys = self.norm4(keys + self.cross_attn_image_to_token(keys + key_code, queries + query_code, queries))
-        return queries, keys
+        attended = self.cross_attn_image_to_token(keys + key_code, queries + query_code, queries, key_bias)
+        return queries, self.norm4(keys + attended)
 
 
 class Attention(nn.Module):
@@ -165,8 +228,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, inner)
         self.out_proj = nn.Linear(inner, dim)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(multihead_attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), self.heads))
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self.out_proj(multihead_attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), self.heads, bias))
+
+    def guided(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """PerSAM's attention: `bias` joins the weights, not the scores, and a second softmax follows."""
+        q, k, v = (
+            split_heads(project(x), self.heads) for project, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
+        )
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1)
+        return self.out_proj(join_heads((weights + bias).softmax(-1) @ v))
 
 
 class MlpBlock(nn.Module):

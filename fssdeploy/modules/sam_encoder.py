@@ -136,8 +136,8 @@ class SelfAttention(nn.Module):
     def _position_bias(self, q: torch.Tensor) -> torch.Tensor:
         """Queries (B, heads, H, W, d) -> what is added to their scaled scores, (B, heads, H*W, H*W)."""
         rows, columns = q.shape[2:4]
-        by_row = torch.einsum("bnhwd,hkd->bnhwk", q, relative_codes(self.rel_pos_h, rows))
-        by_column = torch.einsum("bnhwd,wkd->bnhwk", q, relative_codes(self.rel_pos_w, columns))
+        by_row = q @ relative_codes(self.rel_pos_h, rows).transpose(1, 2)
+        by_column = (q.transpose(2, 3) @ relative_codes(self.rel_pos_w, columns).transpose(1, 2)).transpose(2, 3)
         return (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(4).flatten(2, 3)
 
 

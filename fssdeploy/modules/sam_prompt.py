@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fssdeploy.glue.sam import BOTTOM_RIGHT, PADDING, TOP_LEFT
 from fssdeploy.modules.sam_decoder import FourierPosition, mask_downscaling
-
-# Labels of points; the last two are given to the corners of boxes.
-PADDING, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
 
 
 class PromptEncoder(nn.Module):
@@ -22,14 +20,14 @@ class PromptEncoder(nn.Module):
     The random matrix of the position code is no subject of training in SAM, so it asks for no gradient here.
     """
 
-    def __init__(self, dim: int, image_size: int, grid: int) -> None:
+    def __init__(self, dim: int, image_size: int, grid: int, mask_channels: int = 16) -> None:
         super().__init__()
         self.image_size = image_size
         self.grid = grid
         self.pe_layer = FourierPosition(dim).requires_grad_(False)
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, dim)
-        self.mask_downscaling = mask_downscaling(dim)
+        self.mask_downscaling = mask_downscaling(dim, mask_channels)
         self.no_mask_embed = nn.Embedding(1, dim)
 
     def forward(
@@ -62,14 +60,14 @@ class PromptEncoder(nn.Module):
             kinds.append(corners.expand(boxes.shape[0], -1))
         if not coordinates:
             return dense.new_zeros(dense.shape[0], 0, dense.shape[1]), dense
-        return self._points(torch.cat(coordinates, 1), torch.cat(kinds, 1)), dense
+        return self.embed_points(torch.cat(coordinates, 1), torch.cat(kinds, 1)), dense
 
     def position(self) -> torch.Tensor:
         """Codes of the cells of the embedding, (1, g*g, dim), row by row."""
         return self.pe_layer(self.grid, self.grid)
 
-    def _points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """(B, P, 2) in pixels and (B, P) -> (B, P, dim): position code plus what the label stands for."""
+    def embed_points(self, points: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(B, P, 2) in pixels, labels (B, P) -1 to 3 -> (B, P, dim): position code plus what the label stands for."""
         kinds = torch.cat([self.not_a_point_embed.weight, *self.point_embeddings.parameters()])
         # Half a pixel leads from a pixel's corner to its centre.
         codes = self.pe_layer.at(((points + 0.5) / self.image_size).to(kinds.dtype))

@@ -10,7 +10,7 @@ import torch
 from fssdeploy.errors import InputError
 from fssdeploy.protocol import StageSpec
 
-SYSTEMS = ("fsdino",)
+SYSTEMS = ("fsdino", "gfsam", "matcher", "persam")
 
 
 class SystemFile(Protocol):
@@ -37,6 +37,9 @@ class SystemFile(Protocol):
 
     def stages(self, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
         """Copies of the stages as they are exported, computing in `dtype`."""
+
+    def initialise_untrained(self, model: torch.nn.Module, seed: int) -> None:
+        """Fill every parameter from a seed."""
 
     def stage_parameters(self, model: torch.nn.Module, stage: str) -> int:
         """Parameters that end up in the graph of a stage."""

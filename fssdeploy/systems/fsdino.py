@@ -268,7 +268,7 @@ def build(config: FSDinoConfig) -> FSDino:
     return FSDino(config).eval()
 
 
-def initialise_untrained(model: FSDino, seed: int) -> None:
+def initialise_untrained(model: nn.Module, seed: int) -> None:
     """Fill every parameter from a seed, scaled so that all parts respond to their input; the masks mean nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -215,14 +215,23 @@ def test_a_model_that_hangs_is_ended_and_loaded_again(shared: Server, heard: lis
 
 
 def test_a_killed_server_is_started_again_on_the_same_ports(
-    supervisor: Supervisor, shared: Server, heard: list[str]
+    supervisor: Supervisor, shared: Server, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    mended, look_once = threading.Event(), supervisor.round
+
+    def look(stopping: threading.Event | None = None) -> None:
+        look_once(stopping)
+        if heard:
+            mended.set()
+
+    monkeypatch.setattr(supervisor, "round", look)
     urls, first = (shared.http_url, shared.grpc_url, shared.metrics_url), shared.pid
     stopping = threading.Event()
     watching = threading.Thread(target=supervisor.run, args=(stopping,))
     watching.start()
     os.kill(first, signal.SIGKILL)
-    until(lambda: bool(heard) and answers(shared, "echo"))
+    assert mended.wait(120)  # a stop before that would end the start
+    assert answers(shared, "echo")
     assert heard == ["the server is started again: it ended with code -9"]
     assert (shared.http_url, shared.grpc_url, shared.metrics_url) == urls
     assert shared.pid != first

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fssdeploy import shipped
 from fssdeploy.artifact import Artifact, load
 from fssdeploy.benchmarks.machine import peak_memory_mib
 from fssdeploy.engines import available_cores, open_engine
@@ -102,7 +103,10 @@ class Contestant:
         opened = Artifact.open(artifact)
         config = fsdino.FSDinoConfig.from_dict(opened.manifest["config"])
         model = fsdino.build(config)
-        fill(model, weights, opened.manifest["weights"]["seed"])
+        seed = opened.manifest["weights"]["seed"]
+        if not weights and seed is None:  # a trained one, perhaps of those that come with the package
+            weights = [str(file) for file in shipped.checkpoints(fsdino.NAME, opened.manifest["preset"])]
+        fill(model, weights, seed)
         if fingerprint(model, config.to_dict(), fsdino.STATE_PARAMETERS) != opened.fingerprint:
             raise InputError(
                 "weights_missing",

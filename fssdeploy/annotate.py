@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
@@ -21,8 +23,11 @@ from fssdeploy.images.overlay import overlay, save_picture
 from fssdeploy.images.pictures import load_picture
 from fssdeploy.images.rle import encode_rle
 from fssdeploy.pipeline import StagedSystem
-from fssdeploy.protocol import ClassState, Masks
+from fssdeploy.protocol import ClassState, Features, Masks
 from fssdeploy.report import Report, Table
+
+if TYPE_CHECKING:
+    from fssdeploy.explain import Shot
 
 ANNOTATIONS = "masks.json"
 MAX_LABELS = 255  # classes in an indexed file of 8 bits
@@ -32,13 +37,18 @@ _LONGEST_STEM, _LONGEST_CLASS = 160, 80
 
 @dataclass(frozen=True)
 class Segmented:
-    """One picture: its masks bool (H, W) by class, their scores, and what the two steps cost in seconds."""
+    """One picture: its masks bool (H, W) by class, their scores, and what the two steps cost in seconds.
+
+    `figures`, by class, where asked for; `skipped` says for each class what a booster could not do.
+    """
 
     picture: np.ndarray
     masks: Masks
     found: dict[str, np.ndarray]
     encode_seconds: float
     segment_seconds: float
+    figures: dict[str, np.ndarray] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
 
 
 def annotate_files(
@@ -48,6 +58,8 @@ def annotate_files(
     out: Path,
     *,
     overlays: bool = True,
+    explain: Sequence[Shot] | None = None,
+    boost: Mapping[str, Any] | None = None,
     note: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
@@ -55,12 +67,19 @@ def annotate_files(
 
     Writes ``<picture>.<class>.png`` (0/255), with 2 to 255 classes ``<picture>.labels.png`` (indexed), on request
     ``<picture>.overlay.jpg``, and ``masks.json`` (COCO annotations with RLE), which lists exactly the pictures that
-    are done even when the run is broken off. `note` goes into its ``info``. A picture that cannot be read is reported
-    under `errors` and skipped; if it is the only one its error is raised. Raises MachineError if `out` cannot be
-    written; no picture is left with a part of its files.
+    are done even when the run is broken off. With `explain`, the supports to show (may be none), also
+    ``<picture>.<class>.explain.png`` (fssdeploy.explain). `boost` are the options of the booster that `system` is
+    wrapped in, if it is; what it could not do is in the notes. `boost` and `note` go into the ``info``. A picture that
+    cannot be read is reported under `errors` and skipped; if it is the only one its error is raised. Raises
+    MachineError if `out` cannot be written; no picture is left with a part of its files.
     """
     coco: dict[str, Any] = {
-        "info": {"description": "fssdeploy segment", "artifact": system.fingerprint, "weights": note or "trained"},
+        "info": {
+            "description": "fssdeploy segment",
+            "artifact": system.fingerprint,
+            "weights": note or "trained",
+            **({"boost": dict(boost)} if boost else {}),
+        },
         "images": [],
         "categories": [{"id": index + 1, "name": name} for index, name in enumerate(states)],
         "annotations": [],
@@ -78,13 +97,17 @@ def annotate_files(
                         raise
                     errors.append({"file": str(file), **error.to_dict()})
                     continue
-                segmented = segment_picture(system, states, picture)
+                segmented = segment_picture(system, states, picture, explain, boosted=boost is not None)
                 written = write_picture(out, stem, segmented, overlays)
                 pictures.append(record_picture(coco, file, segmented, written))
         finally:
             if pictures:
                 write_atomic(out / ANNOTATIONS, json.dumps(coco).encode())
-    return _report(pictures, errors, list(states), out)
+    report = _report(pictures, errors, list(states), out)
+    if boost:
+        report.facts["boost"] = boost["name"]
+        report.data["boost"] = dict(boost)
+    return report
 
 
 def unique_stems(files: Sequence[Path]) -> list[str]:
@@ -108,8 +131,8 @@ def unique_stems(files: Sequence[Path]) -> list[str]:
 def safe_name(name: str) -> str:
     """A class name as a part of a file name, without dots: percent-encoded, and cut where it is very long."""
     quoted = quote(name, safe=" ()+,=@").replace(".", "%2E").replace("~", "%7E")
-    if quoted == "labels":  # of the indexed file
-        return "%6Cabels"
+    if quoted in ("labels", "explain"):  # of the indexed file, and of figures
+        return f"%{ord(quoted[0]):02X}{quoted[1:]}"
     return _cut(quoted, _LONGEST_CLASS)
 
 
@@ -122,14 +145,54 @@ def _cut(text: str, longest: int) -> str:
     return f"{kept}~{hashlib.sha256(data).hexdigest()[:12]}"
 
 
-def segment_picture(system: StagedSystem, states: Mapping[str, ClassState], picture: np.ndarray) -> Segmented:
+def segment_picture(
+    system: StagedSystem,
+    states: Mapping[str, ClassState],
+    picture: np.ndarray,
+    explain: Sequence[Shot] | None = None,
+    *,
+    boosted: bool = False,
+) -> Segmented:
+    """Every class in one picture; with `explain`, a figure of each, in which these supports are shown."""
     start = time.perf_counter()
     features = system.encode([picture])
     encoded = time.perf_counter()
-    masks = system.segment(features, states)
+    if explain is None and not boosted:
+        masks = system.segment(features, states)
+        traces: dict[str, dict[str, Any]] = {}
+    else:
+        masks, traces = _segment_traced(system, features, states)
     done = time.perf_counter()
     found = {name: masks.binary(0, name) for name in states}
-    return Segmented(picture, masks, found, encoded - start, done - encoded)
+    skipped = {name: trace["skipped"] for name, trace in traces.items() if trace.get("skipped")}
+    segmented = Segmented(picture, masks, found, encoded - start, done - encoded, skipped=skipped)
+    if explain is None:
+        return segmented
+    from fssdeploy.explain import figure  # with it comes SciPy, which takes longer to load than most pictures
+
+    where = features.placements[0]
+    figures = {
+        name: figure(
+            f"{system.name}, class '{name}'", picture, where, explain, mask, masks.prior[0].get(name), traces[name]
+        )
+        for name, mask in found.items()
+    }
+    return replace(segmented, figures=figures)
+
+
+def _segment_traced(
+    system: StagedSystem, features: Features, states: Mapping[str, ClassState]
+) -> tuple[Masks, dict[str, dict[str, Any]]]:
+    """The masks of one picture and the trace of each class, empty if the system keeps none; a trace is of one class."""
+    segment: Callable[..., Masks] = system.segment
+    tells = "trace" in inspect.signature(segment).parameters
+    traces: dict[str, dict[str, Any]] = {name: {} for name in states}
+    masks = Masks(list(states), [{}], [{}])
+    for name, state in states.items():
+        one = segment(features, {name: state}, **({"trace": traces[name]} if tells else {}))
+        masks.logits[0].update(one.logits[0])
+        masks.prior[0].update(one.prior[0])
+    return masks, traces
 
 
 def write_picture(out: Path, stem: str, segmented: Segmented, overlays: bool) -> dict[str, Any]:
@@ -150,12 +213,20 @@ def write_picture(out: Path, stem: str, segmented: Segmented, overlays: bool) ->
         if overlays:
             written["overlay"] = f"{stem}.overlay.jpg"
             drawn = overlay(segmented.picture, segmented.found)
-            write(lambda path, array: save_picture(path, array, marked=True), written["overlay"], drawn)
+            write(_save_marked, written["overlay"], drawn)
+        if segmented.figures:
+            written["explain"] = {name: f"{stem}.{safe_name(name)}.explain.png" for name in segmented.figures}
+        for name, drawn in segmented.figures.items():
+            write(_save_marked, written["explain"][name], drawn)
     except BaseException:
         for path in touched:
             path.unlink(missing_ok=True)
         raise
     return written
+
+
+def _save_marked(path: Path, picture: np.ndarray) -> None:
+    save_picture(path, picture, marked=True)
 
 
 def record_picture(
@@ -190,6 +261,7 @@ def record_picture(
         "classes": classes,
         "encode_seconds": segmented.encode_seconds,
         "segment_seconds": segmented.segment_seconds,
+        **({"skipped": segmented.skipped} if segmented.skipped else {}),
     }
 
 
@@ -211,6 +283,11 @@ def _report(
         segment_ms = np.median([entry["segment_seconds"] for entry in pictures]) * 1e3 / len(names)
         facts["median cost"] = f"encode {encode_ms:.0f} ms per picture, segment {segment_ms:.1f} ms per class"
     notes = [f"SKIPPED {error['what']}: {error['why']}".rstrip(": ") for error in errors]
+    left_out = Counter(
+        sentence for entry in pictures for sentences in entry.get("skipped", {}).values() for sentence in sentences
+    )
+    total = len(pictures) * len(names)
+    notes += [f"Left out by gsm in {count} of {total} masks - {sentence}." for sentence, count in left_out.items()]
     return Report("segmented", facts, [table], notes, {"pictures": pictures, "errors": errors, "out": str(out)})
 
 

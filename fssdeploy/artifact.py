@@ -184,6 +184,11 @@ def load(
     return opened(artifact.name, artifact.specs, engine, artifact.manifest["preprocessing"], artifact.fingerprint)
 
 
+def has_glue(system: str) -> bool:
+    """Whether a system has steps of its own between its stages."""
+    return system in _GLUE
+
+
 def system_class(system: str) -> type[StagedSystem]:
     """What speaks the three verbs for a system; all are made as `StagedSystem` is."""
     module, _, name = _GLUE.get(system, "fssdeploy.pipeline:StagedSystem").partition(":")

@@ -190,6 +190,30 @@ class Deployment:
             found[name] = Found(masks.binary(0, name), masks.score(0, name), info.version)
         return found
 
+    def segment_once(
+        self, pictures: Sequence[PictureSource], supports: Sequence[PictureSource], masks: Sequence[MaskSource]
+    ) -> list[Found]:
+        """Look for what the masks mark in the supports in other pictures; nothing is stored, every version is 0.
+
+        Raises InputError ``masks_count`` and those of reading, of `StagedSystem.encode` and `StagedSystem.enroll`.
+        """
+        if len(supports) != len(masks):
+            raise InputError(
+                "masks_count",
+                f"{len(supports)} support pictures came with {len(masks)} masks",
+                "",
+                "Send one mask for each support picture.",
+            )
+        loaded = [self._picture(source, f"support picture {number}") for number, source in enumerate(supports, 1)]
+        marked = [
+            self._mask(source, picture, f"mask {number}")
+            for number, (source, picture) in enumerate(zip(masks, loaded, strict=True), 1)
+        ]
+        searched = [self._picture(source, f"picture {number}") for number, source in enumerate(pictures, 1)]
+        state = self.system.enroll(self.system.encode(loaded), marked)
+        found = self.system.segment(self.system.encode(searched), {"object": state})
+        return [Found(found.binary(i, "object"), found.score(i, "object"), 0) for i in range(len(searched))]
+
     def rehearse(self, picture: PictureSource) -> dict[str, Found]:
         """What `segment` does, with the picture's own middle as the one class: all its code runs, no bank is needed.
 

@@ -99,7 +99,7 @@ def once_call(
         "support_pictures": _files(support_pictures),
         "support_masks": _files(support_masks),
     }
-    return Call(names.ensemble, inputs, ("masks", "scores"), repeatable=True)
+    return Call(names.stateless, inputs, ("masks", "scores"), repeatable=True)
 
 
 def masks_of(output: Outputs) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from typing import Any
 from fssdeploy import __version__
 from fssdeploy.errors import InputError, MachineError
 from fssdeploy.protocol import BATCH, StageSpec, TensorSpec
-from fssdeploy.serving.models import enroll, segment
+from fssdeploy.serving.models import enroll, once, segment
 from fssdeploy.serving.models.answers import VERSION
 from fssdeploy.serving.names import ARTIFACT, GRAPH, PLAN, Names
 from fssdeploy.serving.rules import TYPES
@@ -97,16 +97,18 @@ def configs(
     """The config of every model of a system, by the model's name.
 
     `samples` names the warm-up files that a model has: shapes by input, one row each. Raises InputError
-    `system_not_staged` for a system whose stages do not chain as encoder, enroll, segment.
+    `system_not_staged` where the names say that the stages form a chain, and they do not.
     """
-    _check_chain(specs)
-    served = {
-        **{names.stage(stage): stage_config(spec, options) for stage, spec in specs.items()},
-        **_helpers(names, specs, preprocessing, options),
-        names.enroll: _enrolled(names, specs, enroll.INPUTS, enroll.OUTPUTS, options, instances=1),
-        names.segment: _enrolled(names, specs, segment.INPUTS, segment.OUTPUTS, options, options.instances),
-        names.ensemble: _ensemble(names, specs, options),
-    }
+    served = {names.stage(stage): stage_config(spec, options) for stage, spec in specs.items()}
+    if names.chained:
+        _check_chain(specs)
+        served |= _helpers(names, specs, preprocessing, options)
+    served[names.enroll] = _enrolled(names, specs, enroll.INPUTS, enroll.OUTPUTS, options, instances=1)
+    served[names.segment] = _enrolled(names, specs, segment.INPUTS, segment.OUTPUTS, options, options.instances)
+    if names.chained:
+        served[names.stateless] = _ensemble(names, specs, options)
+    else:
+        served[names.stateless] = _enrolled(names, specs, once.INPUTS, once.OUTPUTS, options, options.instances)
     result = {}
     for model, config in served.items():
         warmup = {"model_warmup": _warmup(config, samples[model])} if model in samples else {}
@@ -137,26 +139,32 @@ def protobuf() -> ModuleType:
 
 def row_by_row(spec: StageSpec) -> bool:
     """Whether a stage was exported with a fixed batch of one row."""
-    return spec.inputs[0].shape[0] != BATCH
+    return not spec.free_batch
 
 
 def stage_config(spec: StageSpec, options: Options) -> Config:
     """The config of one stage. A graph with a fixed batch is served as such, except by the python backend.
 
-    NVIDIA's backends want a free first dimension for max_batch_size above 0, and dims with the 1 otherwise.
+    NVIDIA's backends want a free first dimension for max_batch_size above 0, and dims with the 1 otherwise. Where an
+    input serves all rows there is no batch to the server: requests cannot be joined, and the rows are in the dims.
     """
-    batching = options.backend == "python" or not row_by_row(spec)
+    batching = not spec.shared and (options.backend == "python" or not row_by_row(spec))
     config = {
         **_backend(options),
         "max_batch_size": options.max_batch if batching else 0,
-        "input": [_tensor(tensor, rows=None if batching else 1) for tensor in spec.inputs],
-        "output": [_tensor(tensor, rows=None if batching else 1) for tensor in spec.outputs],
+        "input": [_tensor(tensor, rows=None if batching else _rows(tensor)) for tensor in spec.inputs],
+        "output": [_tensor(tensor, rows=None if batching else _rows(tensor)) for tensor in spec.outputs],
         "instance_group": [{"kind": f"KIND_{options.device.upper()}", "count": options.instances}],
         "version_policy": {"latest": {"num_versions": 1}},
         "parameters": _parameters({} if options.backend == "tensorrt" else {"intra_op_thread_count": options.threads}),
     }
     join = batching and spec.name != "enroll" and options.delay_us is not None
     return {**config, **_queue(options, config["max_batch_size"], options.delay_us if join else None)}
+
+
+def _rows(tensor: TensorSpec) -> int:
+    """The first dimension of a tensor in a config without a batch."""
+    return -1 if tensor.shape[0] == BATCH else int(tensor.shape[0])
 
 
 def _single(specs: Mapping[str, StageSpec], options: Options) -> bool:

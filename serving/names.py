@@ -22,12 +22,16 @@ _SYSTEM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class Names:
-    """The models of one system. The ensemble bears the system's own name.
+    """The models of one system; the stateless one bears the system's own name.
 
-    InputError for a name that is not made of letters, digits, '_', '-' and '.'.
+    Where the stages of a system form a chain, that one is an ensemble of them and of helpers around them. A system with
+    steps of its own between the stages is one Python model instead. InputError for a name that is not made of letters,
+    digits, '_', '-' and '.'.
     """
 
     system: str
+    parts: tuple[str, ...] = STAGES
+    chained: bool = True
 
     def __post_init__(self) -> None:
         if not _SYSTEM.fullmatch(self.system):
@@ -43,7 +47,7 @@ class Names:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return tuple(self.stage(stage) for stage in STAGES)
+        return tuple(self.stage(stage) for stage in self.parts)
 
     @property
     def prepare_query(self) -> str:
@@ -62,7 +66,7 @@ class Names:
         return f"{self.system}_finish"
 
     @property
-    def ensemble(self) -> str:
+    def stateless(self) -> str:
         return self.system
 
     @property
@@ -76,13 +80,18 @@ class Names:
     @property
     def versioned(self) -> tuple[str, ...]:
         """The models that carry weights, in the order in which a promotion loads them."""
-        return (*self.stages, self.enroll, self.segment)
+        return (*self.stages, *self.holders)
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """The models that hold the whole artifact."""
+        return (self.enroll, self.segment) if self.chained else (self.enroll, self.segment, self.stateless)
 
     @property
     def helpers(self) -> tuple[str, ...]:
-        """The models around the stages, which are the same for all weights."""
-        return (self.prepare_query, self.prepare_support, self.merge_shots, self.finish)
+        """The models around the stages of a chain, which are the same for all weights."""
+        return (self.prepare_query, self.prepare_support, self.merge_shots, self.finish) if self.chained else ()
 
     @property
     def all(self) -> tuple[str, ...]:
-        return (*self.versioned, *self.helpers, self.ensemble)
+        return (*self.versioned, *self.helpers, *((self.stateless,) if self.chained else ()))

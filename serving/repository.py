@@ -26,10 +26,11 @@ import numpy as np
 from PIL import Image
 
 from fssdeploy import __version__
-from fssdeploy.artifact import MANIFEST, Artifact, digest, file_sha256, load
+from fssdeploy.artifact import MANIFEST, Artifact, digest, file_sha256, has_glue, load
 from fssdeploy.deployment import REHEARSAL
 from fssdeploy.errors import InputError, IntegrityError
 from fssdeploy.files import staged_folder, storage_error, sync_folder
+from fssdeploy.protocol import Engine
 from fssdeploy.report import Report, Table
 from fssdeploy.serving.configs import Options, configs, protobuf, row_by_row, text
 from fssdeploy.serving.models.prepare import pack
@@ -87,7 +88,9 @@ class Repository:
     @property
     def systems(self) -> list[Names]:
         """The systems served, each by its names."""
-        return [Names(name) for name in self.manifest["systems"]]
+        return [
+            Names(name, tuple(entry["stages"]), entry["chained"]) for name, entry in self.manifest["systems"].items()
+        ]
 
     @property
     def options(self) -> Options:
@@ -134,8 +137,10 @@ def write_repository(
             for name, artifact in systems.items():
                 progress(f"writing {name}")
                 artifact.verify()
-                written = _write_system(folder, Names(name), artifact, options, plans)
-                seal["systems"][name] = {"current": FIRST_VERSION, "last": FIRST_VERSION, "versions": {}}
+                names = names_of(name, artifact)
+                written = _write_system(folder, names, artifact, options, plans)
+                parts = {"stages": list(names.parts), "chained": names.chained}
+                seal["systems"][name] = {**parts, "current": FIRST_VERSION, "last": FIRST_VERSION, "versions": {}}
                 seal["systems"][name]["versions"][str(FIRST_VERSION)] = origin(artifact)
                 table.rows += [_row(config) for config in written.values()]
             progress("sealing")
@@ -156,7 +161,7 @@ def write_repository(
             f"{name}: its graphs take one row, so that '{name}' takes one picture and one shot. For more, export with "
             "--dynamic-batch or use --backend python."
             for name, artifact in systems.items()
-            if any(map(row_by_row, artifact.specs.values()))
+            if names_of(name, artifact).chained and any(map(row_by_row, artifact.specs.values()))
         ]
     notes.append(f"Run it: fssdeploy serve {out}")
     return Report("repository", facts, [table], notes, {**data, "options": asdict(options)})
@@ -167,7 +172,7 @@ def write_version(
 ) -> None:
     """Write one version of a model, complete and compiled, into the new folder `folder`."""
     folder.mkdir(parents=True)
-    stage = next((stage for stage in STAGES if names.stage(stage) == model), None)
+    stage = next((stage for stage in names.parts if names.stage(stage) == model), None)
     code = {
         names.enroll: "from fssdeploy.serving.models.enroll import",
         names.segment: "from fssdeploy.serving.models.segment import",
@@ -175,16 +180,17 @@ def write_version(
         names.prepare_support: "from fssdeploy.serving.models.prepare import PrepareSupport as",
         names.merge_shots: "from fssdeploy.serving.models.merge import MergeShots as",
         names.finish: "from fssdeploy.serving.models.finish import Finish as",
+        **({} if names.chained else {names.stateless: "from fssdeploy.serving.models.once import"}),
     }.get(model)
     if stage is not None:
         _write_graph(folder, stage, artifact, options, plans)
         if options.backend == "python":
             code = "from fssdeploy.serving.models.graph import PythonGraph as"
-    if model in (names.enroll, names.segment):
+    if model in names.holders:
         (folder / ARTIFACT).mkdir()
         for name in (MANIFEST, *artifact.manifest["files"]):
             link(artifact.path / name, folder / ARTIFACT / name)
-    if model == names.ensemble:  # the server wants a version folder; copying tools drop empty ones
+    if model == names.stateless and names.chained:  # the server wants a version folder; copying tools drop empty ones
         (folder / ".keep").touch()
     if code:
         file = folder / MODEL_CODE
@@ -316,7 +322,7 @@ def _named(artifacts: Sequence[str]) -> dict[str, Artifact]:
     for text_ in artifacts:
         name, separator, path = text_.partition("=")
         artifact = Artifact.open(path if separator else text_)
-        names = Names(name if separator else artifact.manifest["system"])
+        names = names_of(name if separator else artifact.manifest["system"], artifact)
         clash = next((model for model in names.all if model in taken), None)
         if clash:
             raise InputError(
@@ -336,9 +342,9 @@ def _write_system(
     folder: Path, names: Names, artifact: Artifact, options: Options, plans: Path | None
 ) -> dict[str, dict[str, Any]]:
     """All models of a system; their configs by name."""
-    samples = _samples(names, artifact)
+    samples = (_samples_of_chain if names.chained else _samples)(names, artifact)
     if options.device != "cpu":  # the server, while it loads a model, takes none of the calls that this one makes then
-        del samples[names.segment]
+        samples = {model: sample for model, sample in samples.items() if model not in names.holders}
     shapes = {model: {name: np.shape(value) for name, value in sample.items()} for model, sample in samples.items()}
     served = configs(names, artifact.specs, artifact.manifest["preprocessing"], options, shapes)
     for model, config in served.items():
@@ -352,7 +358,40 @@ def _write_system(
     return served
 
 
+def names_of(name: str, artifact: Artifact) -> Names:
+    """The models by which a system is served under a name. InputError for a name that cannot be."""
+    return Names(name, tuple(artifact.specs), not has_glue(artifact.manifest["system"]))
+
+
+class _Recorder:
+    """An engine that keeps what each stage was first given."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.specs, self.describe = engine.name, engine.specs, engine.describe
+        self.given: dict[str, dict[str, np.ndarray]] = {}
+        self._engine = engine
+
+    def run(self, stage: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.given.setdefault(stage, {name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        return self._engine.run(stage, inputs)
+
+
 def _samples(names: Names, artifact: Artifact) -> dict[str, Sample]:
+    """A real request for every model that the server can warm up: what its stages are given for a rendered picture."""
+    system = load(artifact.path, threads=1, verify=False)
+    system.engine = recorder = _Recorder(system.engine)
+    picture, mask = sample_shot()
+    features = system.encode([picture])
+    system.segment(system.encode([picture]), {"sample": system.enroll(features, [mask])})
+    ordinary = png(np.asarray(Image.fromarray(picture).resize(ORDINARY)))
+    return {
+        **{names.stage(stage): dict(inputs) for stage, inputs in recorder.given.items()},
+        names.segment: {"picture": [ordinary], "names": [REHEARSAL.encode()]},
+        names.stateless: {"pictures": [ordinary], "support_pictures": [png(picture)], "support_masks": [png(mask)]},
+    }
+
+
+def _samples_of_chain(names: Names, artifact: Artifact) -> dict[str, Sample]:
     """A real request for every model that the server can warm up: one shot, and the same picture as the query."""
     system = load(artifact.path, threads=1, verify=False)
     picture, mask = sample_shot()

@@ -316,7 +316,7 @@ def _probe(control: Control, names: Names, artifact: Artifact) -> None:
     inputs = {"pictures": query, "support_pictures": picture, "support_masks": mask}
     tensors = [Tensor(name, "BYTES", [1], pack_strings([png(array)])) for name, array in inputs.items()]
     try:
-        answer = control.infer(names.ensemble, tensors, PROBE_SECONDS)
+        answer = control.infer(names.stateless, tensors, PROBE_SECONDS)
     except NoAnswerError as error:
         raise _RefusedError(f"the server did not answer the probe: {error}") from error
     if not answer.ok:

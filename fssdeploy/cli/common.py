@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from fssdeploy.errors import FssError
+from fssdeploy.errors import FssError, InputError
 from fssdeploy.files import storage_error
 from fssdeploy.report import Report
+
+if TYPE_CHECKING:
+    from fssdeploy.artifact import Artifact
+    from fssdeploy.glue.gsm_options import GsmOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Runtime = Annotated[str, typer.Option(help="onnxruntime or openvino.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the runtime; default: the cores this process may use.")]
 BankDir = Annotated[Path, typer.Option("--bank", help="Directory of enrolled classes.")]
+Boost = Annotated[str | None, typer.Option(help="gsm: a second pass on maps that the first improves.")]
+BoostSet = Annotated[
+    list[str] | None, typer.Option("--boost-set", help="A choice of the boost: NAME=VALUE (docs/gsm.md).")
+]
 
 PROGRESS_SECONDS = 10.0
 
@@ -35,6 +44,52 @@ def group_with_default(command: str) -> type[TyperGroup]:
             return super().parse_args(ctx, args)
 
     return Group
+
+
+def check_system(artifact: Artifact, system: str | None) -> None:
+    """InputError unless the artifact is of the system asked for, if one is."""
+    found = artifact.manifest["system"]
+    if system not in (None, found):
+        raise InputError(
+            "artifact_system", f"'{artifact.path}' is no '{system}'", f"it is '{found}'", f"Ask for '{found}'."
+        )
+
+
+def boost_options(boost: str | None, settings: list[str] | None) -> GsmOptions | None:
+    """The options of `--boost` with the choices of `--boost-set`, None without a boost. InputError for unknown ones."""
+    from fssdeploy.glue.gsm_options import GsmOptions
+
+    if boost is None:
+        if settings:
+            raise InputError("usage", "--boost-set chooses nothing without --boost", "", "Add --boost gsm.")
+        return None
+    if boost != "gsm":
+        raise InputError("boost_unknown", f"there is no boost '{boost}'", "", "Choose gsm.")
+    defaults = GsmOptions().to_dict()
+    changes = {}
+    for name, _, text in [setting.partition("=") for setting in settings or []]:
+        if name not in defaults:
+            choice = f"Choose from: {', '.join(sorted(defaults))}."
+            raise InputError("option_unknown", f"gsm has no option '{name}'", "", choice)
+        changes[name] = _typed(name, text, defaults[name])
+    return GsmOptions.from_dict({**defaults, **changes})
+
+
+def _typed(name: str, text: str, default: object) -> object:
+    """The text of an option in the type of its default; what may be a word may be a number as well."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        number = int(text) if isinstance(default, int) else float(text)
+        if not math.isfinite(number):
+            raise ValueError(text)
+    except (ValueError, KeyError) as error:
+        if isinstance(default, str):
+            return text
+        fix = f"It is {kinds[type(default)]}."
+        raise InputError("option_unknown", f"gsm {name} cannot be '{text}'", "", fix) from error
+    return number
 
 
 def emit(report: Report, as_json: bool) -> None:

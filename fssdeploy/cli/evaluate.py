@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fssdeploy.cli.common import Json, emit, progress_lines
+from fssdeploy.cli.common import Boost, BoostSet, Json, boost_options, check_system, emit, progress_lines
 from fssdeploy.cli.export import configure, require_export_extra, sources
 from fssdeploy.errors import InputError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RUNTIMES = {"torch": "torch", "onnx": "onnxruntime", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 SPACES = ("original", "canvas")
 
-System = Annotated[str, typer.Argument(help="The system to evaluate: fsdino.")]
+System = Annotated[str, typer.Argument(help="The system to evaluate: fsdino, gfsam, ...")]
 DatasetName = Annotated[str, typer.Option(help="shapes-5i, pascal-5i, coco-20i, ...")]
 DataDir = Annotated[Path | None, typer.Option(help="Directory of the data set; shapes-5i needs none.")]
 Fold = Annotated[str | None, typer.Option(help="A number, or all (the default): every fold and their mean.")]
@@ -52,6 +52,8 @@ def evaluate(
     variant: Annotated[str | None, typer.Option(help="full, or compact (no 4D correlation); for torch.")] = None,
     options: Annotated[list[str] | None, typer.Option("--set", help="An open choice: NAME=VALUE; for torch.")] = None,
     untrained: Annotated[bool, typer.Option(help="Fill what no checkpoint covers from a seed, and say so.")] = False,
+    boost: Boost = None,
+    boost_set: BoostSet = None,
     space: Space = "original",
     priors: Annotated[bool, typer.Option("--priors", help="Add training-free priors on the same encoder.")] = False,
     out: Annotated[
@@ -66,6 +68,7 @@ def evaluate(
 
     engine = chosen_runtime(runtime, artifact)
     check_space(space)
+    boosting = boost_options(boost, boost_set)
     for_torch = {"--preset": preset, "--weights": weights, "--image-size": image_size, "--variant": variant}
     given = [name for name, value in {**for_torch, "--set": options, "--untrained": untrained}.items() if value]
     if artifact and given:
@@ -80,6 +83,8 @@ def evaluate(
             subject = _from_checkpoints(
                 system, preset or "tiny", weights or [], untrained, threads, image_size, variant, options or []
             )
+        if boosting:
+            subject = subject.boosted(boosting)
         run = Run(subject, opened, lists, on_canvas=space == "canvas", priors=priors, out=out, progress=progress)
         report = run.perform()
     emit(report, as_json)
@@ -165,9 +170,7 @@ def from_artifact(system: str, path: Path, runtime: str, threads: int | None) ->
     from fssdeploy.evaluation.run import Subject
 
     opened = Artifact.open(path)
-    found = opened.manifest["system"]
-    if found != system:
-        raise InputError("artifact_system", f"'{path}' is no '{system}'", f"it is '{found}'", "Name it as the SYSTEM.")
+    check_system(opened, system)
     where = opened.manifest["preprocessing"]
     return Subject(
         system,
@@ -192,11 +195,11 @@ def _from_checkpoints(
     require_export_extra()
     import torch
 
+    from fssdeploy.artifact import system_class
     from fssdeploy.engines import available_cores, check_threads
     from fssdeploy.engines.torch import TorchEngine
     from fssdeploy.evaluation.evaluate import Canvas
     from fssdeploy.evaluation.run import Subject
-    from fssdeploy.pipeline import StagedSystem
     from fssdeploy.systems import get_system
     from fssdeploy.weights import fill
     from fssdeploy.weights.provenance import fingerprint
@@ -210,9 +213,8 @@ def _from_checkpoints(
     provenance = fill(system, model, files, seed)
     where, specs = module.preprocessing(config), module.specs(config)
     everything = fingerprint(model, config.to_dict(), ("",))
-    staged = StagedSystem(
-        f"{system}-{preset}", specs, TorchEngine(module.reference_stages(model), specs), where, everything
-    )
+    engine = TorchEngine(module.reference_stages(model), specs)
+    staged = system_class(system)(f"{system}-{preset}", specs, engine, where, everything)
     missing = f"{', '.join(provenance.untrained_groups)}; seed {provenance.seed}"
     note = "" if provenance.status == "trained" else f"UNTRAINED weights ({missing}): the numbers mean nothing."
     return Subject(system, staged.name, staged, everything, Canvas(where["canvas"], where["geometry"]), note)

@@ -5,26 +5,42 @@ from __future__ import annotations
 import time
 import unicodedata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from fssdeploy.cli.common import Json, Runtime, Threads, emit, emit_failed, progress_lines
-from fssdeploy.cli.enroll import enroll_pictures
+from fssdeploy.cli.common import (
+    Boost,
+    BoostSet,
+    Json,
+    Runtime,
+    Threads,
+    boost_options,
+    check_system,
+    emit,
+    emit_failed,
+    progress_lines,
+)
 from fssdeploy.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from fssdeploy.images.masks import Mask
     from fssdeploy.pipeline import StagedSystem
     from fssdeploy.protocol import ClassState
 
-DEFAULT_ARTIFACT = Path("artifacts") / "fsdino-tiny"  # where `fssdeploy export fsdino` writes
+DEFAULT_SYSTEM = "fsdino"
 
 
 def segment(
     context: typer.Context,
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(help=f"ARTIFACT (default: {DEFAULT_ARTIFACT}, else the shipped one), then pictures."),
+        typer.Argument(help="ARTIFACT (default: artifacts/SYSTEM-tiny, for fsdino else the shipped one), pictures."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="fsdino (the default), gfsam, ...: whose artifact, if none is named.")
     ] = None,
     bank: Annotated[Path | None, typer.Option(help="Directory of enrolled classes.")] = None,
     classes: Annotated[
@@ -35,6 +51,9 @@ def segment(
     label: Annotated[int | None, typer.Option(help="Which label of an indexed support mask is the object.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for masks, overlays, masks.json.")] = Path("out"),
     overlays: Annotated[bool, typer.Option(help="Write an overlay for each picture.")] = True,
+    explain: Annotated[bool, typer.Option("--explain", help="Write a figure of every step, for each mask.")] = False,
+    boost: Boost = None,
+    boost_set: BoostSet = None,
     runtime: Runtime = "onnxruntime",
     threads: Threads = None,
     as_json: Json = False,
@@ -46,17 +65,34 @@ def segment(
 
     if bool(bank) == bool(support):
         raise InputError("usage", "segment needs either --bank or --support", "", f"See: {context.command_path} --help")
+    options = boost_options(boost, boost_set)
     given = list(paths or [])
-    artifact = given.pop(0) if given else default_artifact()
-    note = Artifact.open(artifact).weights_note
+    artifact = Artifact.open(given.pop(0) if given else default_artifact(system or DEFAULT_SYSTEM))
+    check_system(artifact, system)
+    note = artifact.weights_note
     files = find_pictures([*given, *(query or [])])
     with progress_lines(as_json) as progress:
         progress("loading")
         start = time.perf_counter()
-        system = load(artifact, runtime, threads=threads)
-        states = enrolled(bank, system, classes) if bank else _from_support(support or [], system, classes, label)
+        opened: StagedSystem = load(artifact.path, runtime, threads=threads)
+        if options:
+            from fssdeploy.glue.gsm_hosts import gsm
+
+            opened = cast("StagedSystem", gsm(opened, options))  # the same three verbs
+        shots = _load_shots(support or [], label)
+        states = enrolled(bank, opened, classes) if bank else _from_support(shots, opened, classes)
         seconds = time.perf_counter() - start
-        report = annotate_files(system, states, files, out, overlays=overlays, note=note, progress=progress)
+        report = annotate_files(
+            opened,
+            states,
+            files,
+            out,
+            overlays=overlays,
+            explain=[(picture, mask.object) for picture, mask in shots] if explain else None,
+            boost={"name": boost, **options.to_dict()} if options else None,
+            note=note,
+            progress=progress,
+        )
     report.facts["loaded in" if bank else "loaded and enrolled in"] = f"{seconds * 1e3:.0f} ms"
     report.data["load_seconds"] = seconds
     report.notes[:0] = [note] if note else []
@@ -70,11 +106,24 @@ def segment(
     emit_failed(report, error, as_json)
 
 
-def default_artifact() -> Path:
-    """What `fssdeploy export fsdino` wrote here, else the one that comes with this package."""
+def default_artifact(system: str = DEFAULT_SYSTEM) -> Path:
+    """What `fssdeploy export SYSTEM` wrote here; of fsdino else the one that comes with this package.
+
+    InputError if there is neither.
+    """
     from fssdeploy import shipped
 
-    return DEFAULT_ARTIFACT if DEFAULT_ARTIFACT.exists() else shipped.artifact() or DEFAULT_ARTIFACT
+    exported = Path("artifacts") / f"{system}-tiny"
+    if exported.exists():
+        return exported
+    if system == DEFAULT_SYSTEM and (own := shipped.artifact()):
+        return own
+    raise InputError(
+        "artifact_missing",
+        f"there is no artifact of '{system}' here",
+        f"'{exported}' does not exist",
+        f"Run: fssdeploy export {system}",
+    )
 
 
 def split_support(text: str) -> tuple[Path, str]:
@@ -110,12 +159,25 @@ def _split_names(text: str, known: list[str]) -> list[str]:
     return [part if part in known else part.strip() for part in text.split(",")]
 
 
+def _load_shots(support: list[str], label: int | None) -> list[tuple[np.ndarray, Mask]]:
+    """The pictures and masks of PICTURE:MASK texts."""
+    from fssdeploy.images.masks import load_mask
+    from fssdeploy.images.pictures import load_picture
+
+    pairs = [split_support(text) for text in support]
+    pictures = [load_picture(path) for path, _ in pairs]
+    return [
+        (picture, load_mask(mask, picture.shape[:2], label)) for picture, (_, mask) in zip(pictures, pairs, strict=True)
+    ]
+
+
 def _from_support(
-    support: list[str], system: StagedSystem, classes: list[str] | None, label: int | None
+    shots: list[tuple[np.ndarray, Mask]], system: StagedSystem, classes: list[str] | None
 ) -> dict[str, ClassState]:
     from fssdeploy.bank.names import class_name
 
     if classes and len(classes) > 1:
         raise InputError("usage", "--support shows one class", f"{len(classes)} names were given", "Give one --class.")
     name = class_name(classes[0] if classes else "object")
-    return {name: enroll_pictures(system, [split_support(text) for text in support], label)}
+    features = system.encode([picture for picture, _ in shots])
+    return {name: system.enroll(features, [mask for _, mask in shots])}

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from fssdeploy.pipeline import StagedSystem
 from fssdeploy.protocol import Features
 
+if TYPE_CHECKING:
+    from fssdeploy.glue.gsm import Gsm
+    from fssdeploy.glue.gsm_options import GsmOptions
+
 # A picture uint8 (H, W, 3) and its mask bool (H, W).
 Support = tuple[np.ndarray, np.ndarray]
 
 # A query and its supports are encoded once for all predictors on the same encoder, and the first picture of a video
-# for all that follow. Features of the largest preset take about 8 MB.
+# for all that follow. Features of the largest presets take 8 to 13 MB.
 KEPT_PICTURES = 16
 
 
@@ -46,7 +50,7 @@ class Scorer(Protocol):
 
 
 class CachedEncoder:
-    """`StagedSystem.encode` that remembers the pictures it saw last."""
+    """`StagedSystem.encode` that remembers the pictures it saw last, and what `segment` adds to their features."""
 
     def __init__(self, system: StagedSystem, kept: int = KEPT_PICTURES) -> None:
         self.system = system
@@ -54,9 +58,17 @@ class CachedEncoder:
         self._features: OrderedDict[bytes, Features] = OrderedDict()
 
     def encode(self, pictures: Sequence[np.ndarray]) -> Features:
-        """As of the system, but always one by one: what is remembered must not depend on what it came with."""
+        """As of the system, but always one by one: what is remembered must not depend on what it came with.
+
+        Of one picture these are the very features that are remembered: what a system adds to them (SAM's embedding of a
+        query) is there the next time.
+        """
         rows = [self._encode(picture) for picture in pictures]
-        tensors = {name: np.concatenate([row.tensors[name] for row in rows]) for name in rows[0].tensors}
+        if len(rows) == 1:
+            return rows[0]
+        # Supports that were a query before have more than the others.
+        names = [name for name in rows[0].tensors if all(name in row.tensors for row in rows)]
+        tensors = {name: np.concatenate([row.tensors[name] for row in rows]) for name in names}
         return Features(tensors, [row.placements[0] for row in rows], rows[0].fingerprint)
 
     def _encode(self, picture: np.ndarray) -> Features:
@@ -69,29 +81,43 @@ class CachedEncoder:
         return self._features[key]
 
 
-class StagedPredictor:
-    """A system as it is deployed: enrol the supports, segment the query, cut at logit 0.
+def k_shot(system: StagedSystem) -> str:
+    """How several shots become one state: systems with steps of their own document it themselves."""
+    if isinstance(system, StagedSystem):
+        return "one class state, the mean over shots"
+    return "one class state of all shots, by the rule of the system"
 
-    `fingerprint` must cover all weights; that of the system itself leaves out the segmenter's.
+
+class StagedPredictor:
+    """A system as it is deployed, or boosted: enrol the supports, segment the query, cut at logit 0.
+
+    `fingerprint` must cover all weights; that of the system itself leaves out the segmenter's. It must cover the boost
+    as well.
     """
 
-    K_SHOT = "one class state, the mean over shots"
-
-    def __init__(self, encoder: CachedEncoder, name: str, fingerprint: str) -> None:
+    def __init__(self, encoder: CachedEncoder, name: str, fingerprint: str, boost: GsmOptions | None = None) -> None:
+        """InputError if the system cannot be boosted."""
         self.name = name
         self.fingerprint = fingerprint
         self._encoder = encoder
+        self._boost = boost
+        self._system: StagedSystem | Gsm[Any] = encoder.system
+        if boost:
+            from fssdeploy.glue.gsm_hosts import gsm  # brings SciPy, which others do without
+
+            self._system = gsm(encoder.system, boost)
 
     def describe(self) -> dict[str, Any]:
-        return {"k_shot": self.K_SHOT, **self._encoder.system.engine.describe()}
+        system = self._encoder.system
+        boost = {"boost": {"name": "gsm", **self._boost.to_dict()}} if self._boost else {}
+        return {"k_shot": k_shot(system), **system.engine.describe(), **boost}
 
     def scores(self, supports: Sequence[Support], query: np.ndarray, key: str) -> np.ndarray:
         """Mask logits."""
-        system = self._encoder.system
-        state = system.enroll(
+        state = self._system.enroll(
             self._encoder.encode([picture for picture, _ in supports]), [mask for _, mask in supports]
         )
-        return system.segment(self._encoder.encode([query]), {key: state}).logits[0][key]
+        return self._system.segment(self._encoder.encode([query]), {key: state}).logits[0][key]
 
     def predict(self, supports: Sequence[Support], query: np.ndarray, key: str) -> np.ndarray:
         return self.scores(supports, query, key) > 0

@@ -6,20 +6,22 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fssdeploy.data.dataset import IGNORE, Dataset
 from fssdeploy.data.episodes import EpisodeList
+from fssdeploy.errors import InputError
 from fssdeploy.evaluation.evaluate import Canvas, evaluate
 from fssdeploy.evaluation.journal import Journal, open_journal
-from fssdeploy.evaluation.predictors import CachedEncoder, StagedPredictor
+from fssdeploy.evaluation.predictors import CachedEncoder, StagedPredictor, k_shot
 from fssdeploy.evaluation.priors import CALIBRATION_EPISODES, PriorPredictor, calibrate
 from fssdeploy.evaluation.published import published
 from fssdeploy.evaluation.sheet import draw_sheet
 from fssdeploy.evaluation.summary import Summary, mean_over_folds, summarise
 from fssdeploy.files import made_folder, write_atomic
+from fssdeploy.glue.gsm_options import GsmOptions
 from fssdeploy.images.overlay import save_picture
 from fssdeploy.pipeline import StagedSystem
 from fssdeploy.report import Report, Table
@@ -32,7 +34,8 @@ SKIPPED_SHOWN = 10  # in the notes; the JSON names all
 class Subject:
     """The system under test.
 
-    `family` is what papers call it; `fingerprint` covers all its weights; `note` says that they are not trained.
+    `family` is what papers call it; `fingerprint` covers all its weights; `note` says that they are not trained;
+    `boost` holds the options of GSM if that is to stand around `system`.
     """
 
     family: str
@@ -41,6 +44,18 @@ class Subject:
     fingerprint: str
     canvas: Canvas
     note: str = ""
+    boost: GsmOptions | None = None
+
+    def boosted(self, options: GsmOptions) -> Subject:
+        """The same under GSM, with a fingerprint that covers the options."""
+        text = f"{self.fingerprint} gsm {json.dumps(options.to_dict(), sort_keys=True)}"
+        return replace(
+            self,
+            family=f"{self.family}+gsm",
+            name=f"{self.name}+gsm",
+            fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+            boost=options,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,16 @@ class Run:
     progress: Callable[[str], None] = lambda _: None
 
     def perform(self) -> Report:
-        """Evaluate every list. InputError if `out` holds a run under another protocol or of another system."""
-        encoder = CachedEncoder(self.subject.system)
-        predictor = StagedPredictor(encoder, self.subject.name, self.subject.fingerprint)
+        """Evaluate every list.
+
+        InputError if `out` holds a run under another protocol or of another system, if the system cannot be boosted as
+        it should, or has no tokens for priors.
+        """
+        subject = self.subject
+        encoder = CachedEncoder(subject.system)
+        predictor = StagedPredictor(encoder, subject.name, subject.fingerprint, subject.boost)
+        if self.priors:
+            self._check_tokens()
         with made_folder(self.out) if self.out else nullcontext():
             folds = [self._fold(episodes, encoder, predictor) for episodes in self.lists]
             report = self._report(folds, predictor)
@@ -84,6 +106,16 @@ class Run:
                 report.facts["written to"] = str(self.out)
                 write_atomic(self.out / REPORT, (report.json() + "\n").encode())
         return report
+
+    def _check_tokens(self) -> None:
+        system = self.subject.system
+        if not any(tensor.name == "tokens" for spec in system.specs.values() for tensor in spec.outputs):
+            raise InputError(
+                "priors_unsupported",
+                f"no priors can be made beside '{self.subject.name}'",
+                "its encoder gives no tokens",
+                "Leave out --priors.",
+            )
 
     def _fold(self, episodes: EpisodeList, encoder: CachedEncoder, predictor: StagedPredictor) -> _Fold:
         fold = episodes.fold
@@ -164,7 +196,7 @@ class Run:
             "canvas": self.subject.canvas.side,
             "geometry": self.subject.canvas.geometry,
             "ignored_label": IGNORE,
-            "k_shot": StagedPredictor.K_SHOT,
+            "k_shot": k_shot(self.subject.system),
             "runtime": self.subject.system.engine.name,
             "calibration_episodes": self.calibration_episodes if self.priors else 0,
         }
@@ -194,6 +226,13 @@ class Run:
         facts |= {name.replace("_", " "): value for name, value in protocol.items() if name not in ("episodes", "list")}
         facts["episode list"] = ", ".join(f"{list_hash(each)[:16]} (fold {each.fold})" for each in self.lists)
         facts["system"] = f"{subject.name}, {subject.fingerprint[:16]}"
+        if subject.boost:
+            changed = [
+                f"{name}={value}"
+                for name, value in subject.boost.to_dict().items()
+                if value != getattr(GsmOptions, name)
+            ]
+            facts["boost"] = f"gsm, {', '.join(changed) or 'all options at their defaults'}"
 
         classes = [[dataset.class_names[index], iou, count] for index, (iou, count) in whole.per_class.items()]
         tables = [Table("classes", ["class", "IoU", "episodes"], _rounded(classes))]

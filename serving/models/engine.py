@@ -57,10 +57,15 @@ class TritonEngine:
     def run(self, stage: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs of one stage by name; inputs must follow its spec. MachineError ``stage_failed``."""
         self.specs[stage].check(inputs)
-        rows = len(next(iter(inputs.values())))
+        shared = self.specs[stage].shared
+        rows = max(len(array) for name, array in inputs.items() if name not in shared)
+        step = rows if shared else self._max_batch if self.specs[stage].free_batch else 1
         parts = [
-            self._ask(stage, {name: array[start : start + self._max_batch] for name, array in inputs.items()})
-            for start in range(0, rows, self._max_batch)
+            self._ask(
+                stage,
+                {name: array if name in shared else array[start : start + step] for name, array in inputs.items()},
+            )
+            for start in range(0, rows, step)
         ]
         return parts[0] if len(parts) == 1 else {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 

@@ -28,7 +28,7 @@ OUTPUTS = (
 class TritonPythonModel(EnrolledModel):
     """Stores classes in the bank; an answer means that the version is on disk."""
 
-    kind = "enroll"
+    suffix = "_enroll"
 
     @answer_each
     def answers(self, request: Any) -> dict[str, np.ndarray]:

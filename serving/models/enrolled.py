@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fssdeploy.artifact import Artifact, load
+from fssdeploy.artifact import Artifact, load, system_class
 from fssdeploy.deployment import CACHE_BYTES, Deployment
 from fssdeploy.engines import available_cores
 from fssdeploy.errors import InputError
@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 class EnrolledModel:
-    """Base of the server's models `<system>_enroll` and `<system>_segment`.
+    """Base of the server's models that hold an artifact: `<system>_enroll`, `<system>_segment`, of some `<system>`.
 
     Parameters of the config, all optional: `artifact` (folder inside the version), `bank` (folder, relative to the
     model's; with FSSDEPLOY_BANK in the environment, the folder `<system>` in there instead), `threads` ("0": the cores
@@ -48,13 +48,13 @@ class EnrolledModel:
     this server, of at most `max_batch` rows).
     """
 
-    kind: str  # the model's name is `<system>_<kind>`
+    suffix: str  # of the model's name, after the system's
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Open the artifact, run everything once, declare the metrics. An error here fails the load of the model."""
         settings = Settings.read(args)
         settings.parameters.update({key: settings.parameters.get(key) or text for key, text in DEFAULTS.items()})
-        system_name = settings.name.removesuffix(f"_{self.kind}")
+        system_name = settings.name.removesuffix(self.suffix)
         system = _open_system(settings, system_name)
         self._engine = CountingEngine(system.engine)
         system.engine = self._engine
@@ -127,7 +127,7 @@ def _open_system(settings: Settings, name: str) -> StagedSystem:
     if settings.parameters["engine"] == "models":
         artifact = Artifact.open(folder)
         engine = TritonEngine(name, artifact.specs, settings.number("max_batch"))
-        return StagedSystem(
+        return system_class(artifact.manifest["system"])(
             artifact.name, artifact.specs, engine, artifact.manifest["preprocessing"], artifact.fingerprint
         )
     threads = settings.number("threads") or max(1, available_cores() // settings.number("instances"))

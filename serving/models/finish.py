@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,7 @@ class Finish:
     def execute(self, request: Any) -> dict[str, np.ndarray]:
         """The masks of one request."""
         placements = unpack(required(request, "placements"))
-        sizes = {(where.height, where.width) for where in placements}
-        if len(sizes) > 1:
-            raise InputError(
-                "picture_sizes",
-                "the pictures of one request have different sizes",
-                f"they are {', '.join(f'{height} x {width}' for height, width in sorted(sizes))}",
-                "Send pictures of different sizes in requests of their own.",
-            )
+        check_sizes([(where.height, where.width) for where in placements])
         rows = zip(required(request, "mask_logits"), placements, strict=True)
         masks = Masks(["object"], [{"object": unfit(logits[0], where)} for logits, where in rows], [])
         found = range(len(placements))
@@ -43,3 +36,14 @@ class Finish:
             "masks": np.stack([masks.binary(index, "object") for index in found]).astype(np.uint8),
             "scores": np.array([masks.score(index, "object") for index in found], np.float32),
         }
+
+
+def check_sizes(sizes: Sequence[tuple[int, ...]]) -> None:
+    """InputError ``picture_sizes`` unless all pictures, (height, width), are of one size: their masks are one array."""
+    if len(set(sizes)) > 1:
+        raise InputError(
+            "picture_sizes",
+            "the pictures of one request have different sizes",
+            f"they are {', '.join(f'{height} x {width}' for height, width in sorted(set(sizes)))}",
+            "Send pictures of different sizes in requests of their own.",
+        )

@@ -78,7 +78,8 @@ class PythonGraph:
         answers = []
         for request in requests:
             try:
-                answers.append(response(run_in_chunks(self._engine, self._spec, request, max(1, self._max_batch))))
+                rows = max(len(array) for array in request.values())
+                answers.append(response(run_in_chunks(self._engine, self._spec, request, self._max_batch or rows)))
             except Exception as error:
                 answers.append(error_response(error))
         return answers
@@ -107,8 +108,8 @@ def _declared(tensors: Sequence[Mapping[str, Any]]) -> list[Declared]:
 
 def _specs(tensors: Sequence[Declared], graph: StageSpec, max_batch: int) -> tuple[TensorSpec, ...]:
     """The config's tensors as a spec that a request is checked against; the batch is the graph's."""
-    first = {each.name: each.shape[:1] for each in (*graph.inputs, *graph.outputs)}
+    first = {each.name: each.shape[0] for each in (*graph.inputs, *graph.outputs)}
     return tuple(
-        TensorSpec(each.name, DTYPES[each.data_type], (*first[each.name], *each.dims) if max_batch else each.dims)
+        TensorSpec(each.name, DTYPES[each.data_type], (first[each.name], *(each.dims if max_batch else each.dims[1:])))
         for each in tensors
     )

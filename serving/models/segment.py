@@ -31,7 +31,7 @@ class TritonPythonModel(EnrolledModel):
     The server's warm-up and health checks send the one name `REHEARSAL`, for which no bank is needed.
     """
 
-    kind = "segment"
+    suffix = "_segment"
 
     @answer_each
     def answers(self, request: Any) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from tests.cli.command import fssdeploy
 from tests.serving.grey import write_artifact
 
 NAMES = Names("grey")
-ENCODER, ENSEMBLE, QUERY, FINISH = NAMES.stage("encoder"), NAMES.ensemble, NAMES.prepare_query, NAMES.finish
+ENCODER, ENSEMBLE, QUERY, FINISH = NAMES.stage("encoder"), NAMES.stateless, NAMES.prepare_query, NAMES.finish
 
 Change = Callable[[Path], object]
 

@@ -326,7 +326,7 @@ def test_the_real_server_refuses_what_must_not_wait(served: Served) -> None:
     """More requests than the queue holds: each is answered or refused at once, and the server goes on."""
     query = bright(600, 800)[0]
     alone = {"pictures": object_array([png(query)])}
-    for inputs, model in ((alone, NAMES.prepare_query), (files([query], shots_of(1)), NAMES.ensemble)):
+    for inputs, model in ((alone, NAMES.prepare_query), (files([query], shots_of(1)), NAMES.stateless)):
         answers = at_once(160, lambda number, inputs=inputs, model=model: served.infer(inputs, model))
         refused = [answer for answer in answers if isinstance(answer, Exception)]
         assert all("Exceeds maximum queue size" in str(each) for each in refused), set(map(str, refused))

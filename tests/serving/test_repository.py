@@ -53,7 +53,7 @@ def test_what_is_written(artifact: Path, tmp_path: Path) -> None:
     # Compiled, so that the server changes no folder, and without a path of this machine.
     (compiled,) = (served / "__pycache__").iterdir()
     assert str(tmp_path).encode() not in compiled.read_bytes()
-    assert list((out / NAMES.ensemble / "1").iterdir()), "copying tools drop empty folders"
+    assert list((out / NAMES.stateless / "1").iterdir()), "copying tools drop empty folders"
     assert str(tmp_path) not in (out / MANIFEST).read_text()
     assert not [each for each in out.parent.iterdir() if each != out]
 
@@ -163,7 +163,7 @@ def test_samples_are_requests(artifact: Path, tmp_path: Path) -> None:
     assert encoder["picture"].shape == (1, 3, CANVAS, CANVAS) and encoder["picture"].dtype == np.uint8
     assert encoder["picture"].std() > 10, "a real picture"
     assert read_samples(tmp_path / "r" / NAMES.finish)["placements"].shape == (1, 7)
-    assert read_samples(tmp_path / "r" / NAMES.ensemble) == {}
+    assert read_samples(tmp_path / "r" / NAMES.stateless) == {}
     (tmp_path / "r" / NAMES.finish / "warmup" / "placements").write_bytes(b"123")
     with pytest.raises(IntegrityError) as caught:
         read_samples(tmp_path / "r" / NAMES.finish)

@@ -14,11 +14,11 @@ STAMP := .venv/ready
 export TORCH_BUILD TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serving demo test lint typecheck contracts tree unit slow bench weights clean
+.PHONY: help setup server serving demo test lint typecheck contracts tree unit slow bench weights clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "settings: PYTHON=python3 (for .venv), TORCH_BUILD=cpu|cuda, TORCH_INDEX=URL, PRESET, WEIGHTS, WORKERS"
+	@echo "settings: PYTHON=python3 (for .venv), TORCH_BUILD=cpu|cuda, TORCH_INDEX=URL, PRESET, WEIGHTS, WORKERS, NO_SERVER=1"
 
 setup: ## make .venv with the fssdeploy command, for export, training, OpenVINO, serving and tests
 	@rm -f $(STAMP)
@@ -29,13 +29,19 @@ $(STAMP): pyproject.toml tools/setup.py
 	$(PYTHON) tools/setup.py
 	@touch $@
 
+# Tests of the real server need it. Without a network they are skipped, and say so.
+server: $(STAMP)
+ifndef NO_SERVER
+	@$(BIN)/fssdeploy serve --setup || echo "THE REAL SERVER WILL NOT BE TESTED: its environment could not be made"
+endif
+
 serving: $(STAMP) ## make the private environment of the Triton server (FSSDEPLOY_SERVING=DIR)
 	$(BIN)/fssdeploy serve --setup
 
 demo: $(STAMP) ## export, prove the export, enrol and segment into demo_out (PRESET=tiny WEIGHTS=)
 	$(BIN)/fssdeploy demo --export --preset $(PRESET) $(foreach file,$(WEIGHTS),--weights "$(file)") --out demo_out
 
-test: lint typecheck contracts unit ## lint, types, import contracts and the tests
+test: lint typecheck contracts server unit ## lint, types, import contracts and the tests, the real server's among them
 
 lint: $(STAMP) ## style
 	$(BIN)/ruff check .
@@ -51,7 +57,7 @@ tree: $(STAMP)
 	@$(BIN)/python tools/link_tree.py
 
 # Neighbouring tests start in the same process, so most of what they share is made once.
-unit: $(STAMP) ## the tests alone (WORKERS=2 processes); with the real server if `make serving` was run before
+unit: $(STAMP) ## the tests alone (WORKERS=2 processes); with the real server where its environment is
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 slow: $(STAMP) ## full-size networks and long runs as well

@@ -7,6 +7,7 @@ meets all alike, and every turn keeps the share of the cores that other processe
 from __future__ import annotations
 
 import io
+import random
 import resource
 import statistics
 import tempfile
@@ -148,8 +149,8 @@ def measure(
                 cases = _cases(plan, instances, skipped)
                 with Pool(artifact, bank, instances, threads) as pool:
                     for number in range(plan.rounds):
-                        for turn in range(len(cases)):  # no case always comes first
-                            case = cases[(turn + number) % len(cases)]
+                        # In an order of its own in every round: a turn also depends on what the cores did before it.
+                        for case in random.Random(number).sample(cases, len(cases)):
                             progress(f"round {number + 1} of {plan.rounds}, {instances} instances: {_words(case)}")
                             _sample(samples.setdefault(case, Samples()), case, materials, plan, names, server, pool)
     rows = [{**asdict(case), "size": f"{case.size[0]}x{case.size[1]}"} | _figures(samples[case]) for case in samples]
@@ -222,7 +223,7 @@ def _sample(
         load = pool.run(material.file, class_name(case.shots, material), plan.requests)
     else:
         assert server.environment
-        model = names.segment if case.path == ENROLLED else names.ensemble
+        model = names.segment if case.path == ENROLLED else names.stateless
         inputs = material.inputs(case.path, case.shots)
         load = generate(
             server.environment.perf_analyzer, server.grpc_url, model, inputs, case.concurrency, plan.requests

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.errors import InputError, IntegrityError, MachineError
 from fssdeploy.files import storage_error
 from fssdeploy.protocol import StageSpec
 
@@ -190,9 +190,17 @@ def has_glue(system: str) -> bool:
 
 
 def system_class(system: str) -> type[StagedSystem]:
-    """What speaks the three verbs for a system; all are made as `StagedSystem` is."""
+    """What speaks the three verbs for a system; all are made as `StagedSystem` is.
+
+    MachineError ``package_missing`` where it needs SciPy, which the base install does without.
+    """
     module, _, name = _GLUE.get(system, "fssdeploy.pipeline:StagedSystem").partition(":")
-    found: type[StagedSystem] = getattr(importlib.import_module(module), name)
+    try:
+        found: type[StagedSystem] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise MachineError(
+            "package_missing", f"{system} needs SciPy", str(error), "Run: pip install 'fssdeploy[training-free]'"
+        ) from error
     return found
 
 

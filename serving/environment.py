@@ -42,7 +42,8 @@ SERVER = "nvidia-pytriton==0.7.0"
 LOAD_GENERATOR = "tritonclient==2.51.0"  # the last wheel whose perf_analyzer runs on glibc 2.36
 NUMPY = "numpy==1.26.4"
 # What the models compute with: the same releases as here, so that answers are the same to the bit.
-SAME_AS_HERE = ("onnxruntime", "pillow", "pycocotools", "safetensors", "scipy")
+SAME_AS_HERE = ("onnxruntime", "pillow", "pycocotools", "safetensors")
+IF_HERE = ("scipy",)  # what the training-free systems need besides
 PYTHONS = ("3.11", "3.12")  # the backend has a stub for each, and NumPy 1.26 a wheel
 DOWNLOAD = "about 150 MB to download, 510 MB on disk"
 
@@ -262,7 +263,8 @@ def refresh(environment: Environment) -> bool:
 
 def requirements() -> dict[str, str]:
     """What an environment for this installation is made of: name and release of each part."""
-    parts = [NUMPY, SERVER, LOAD_GENERATOR, *(f"{name}=={_version_here(name)}" for name in SAME_AS_HERE)]
+    same = [*SAME_AS_HERE, *(name for name in IF_HERE if find_spec(name))]
+    parts = [NUMPY, SERVER, LOAD_GENERATOR, *(f"{name}=={_version_here(name)}" for name in same)]
     found = dict(part.split("==") for part in parts)
     return {**found, "python": f"{sys.version_info.major}.{sys.version_info.minor}"}
 
@@ -297,7 +299,7 @@ def _build(environment: Environment, progress: Progress) -> None:
     install = [*pip, "install", "--only-binary", ":all:"]
     fix = "Check the network connection or pip's settings, then run it again."
     progress("installing NumPy, ONNX Runtime and the rest")
-    names = [f"{name}=={wanted[name]}" for name in ("numpy", *SAME_AS_HERE)]
+    names = [f"{name}=={wanted[name]}" for name in ("numpy", *SAME_AS_HERE, *IF_HERE) if name in wanted]
     _run([*install, *names], "installing the models' packages", fix)
     progress("installing the server")
     # Without what the wheel asks for: that serves its Python interface, which nobody uses here.

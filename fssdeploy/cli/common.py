@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from fssdeploy.errors import FssError, InputError
+from fssdeploy.errors import FssError, InputError, MachineError
 from fssdeploy.files import storage_error
 from fssdeploy.report import Report
 
@@ -65,6 +66,10 @@ def boost_options(boost: str | None, settings: list[str] | None) -> GsmOptions |
         return None
     if boost != "gsm":
         raise InputError("boost_unknown", f"there is no boost '{boost}'", "", "Choose gsm.")
+    if find_spec("scipy") is None:
+        raise MachineError(
+            "package_missing", "gsm needs SciPy", "it is not installed", "Run: pip install 'fssdeploy[training-free]'"
+        )
     defaults = GsmOptions().to_dict()
     changes = {}
     for name, _, text in [setting.partition("=") for setting in settings or []]:

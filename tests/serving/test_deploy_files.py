@@ -168,9 +168,10 @@ def test_the_image_has_what_the_models_need() -> None:
         name = re.split("[<>=]", requirement)[0]
         if name not in ("numpy", "onnxruntime"):
             assert f'"{requirement}"' in text, f"{requirement} in the Dockerfile is another one"
-    client = re.search(r'"(tritonclient[^"]+)"', project)
-    assert client
-    assert f'"{client[1]}"' in text
+    for extra in ("tritonclient", "scipy"):
+        requirement = re.search(rf'"({extra}[^"]+)"', project)
+        assert requirement
+        assert f'"{requirement[1]}"' in text
     assert f"EXPOSE {' '.join(map(str, PORTS.values()))}" in text
     assert f"http://127.0.0.1:{PORTS['http']}/v2/health/ready" in text
 

@@ -1,4 +1,6 @@
-"""`fssdeploy bench`: what a query costs on this machine against research code; `bench server`: what serving costs."""
+"""`fssdeploy bench`: what a query costs on this machine against research code; `bench server`: what serving costs;
+`bench training-free`: what a query costs with a system that no one trained, step by step.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from fssdeploy.errors import InputError
 
 # `fssdeploy bench ARTIFACT` is `fssdeploy bench query ARTIFACT`.
 bench_app = typer.Typer(
-    help="Measure on this machine: fssdeploy bench ARTIFACT (a query), fssdeploy bench server ARTIFACT (serving).",
+    help="Measure on this machine: fssdeploy bench ARTIFACT (a query), fssdeploy bench server ARTIFACT (serving),"
+    " fssdeploy bench training-free (GF-SAM and GSM).",
     no_args_is_help=True,
     cls=group_with_default("query"),
 )
@@ -104,6 +107,45 @@ def server(
         name = Artifact.open(artifact).name
         result = measure(artifact, ready(env), plan, progress)
         file = out or Path("benchmarks/results") / f"server-{name}.json"
+        save(result, file)
+    shown = report(result)
+    shown.facts["written"] = str(file)
+    emit(shown, as_json)
+
+
+@bench_app.command("training-free")
+def training_free(
+    preset: Annotated[
+        str, typer.Option(help="tiny, small, base or large; without weights of its own: seeded.")
+    ] = "tiny",
+    rounds: Annotated[int, typer.Option(help="Turns of every formulation.")] = 5,
+    engines: Annotated[str, typer.Option(help="What runs the stages: torch, onnxruntime or both.")] = "torch",
+    points: Annotated[int | None, typer.Option(help="At most so many points; default: the preset's.")] = None,
+    blobs: Annotated[str, typer.Option(help="Points of the scenes that stand for encoders and decoder.")] = "32,128",
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, in processes of their own.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file; default: benchmarks/results/training-free-PRESET.json.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time GF-SAM's stages, alone and with GSM, against a step-by-step formulation with the same masks."""
+    require_export_extra()
+    blob_points = _numbers(blobs, "numbers of points", "32,128")
+    with progress_lines(as_json) as progress:
+        progress("starting")
+        from fssdeploy.benchmarks.training_free import measure
+        from fssdeploy.benchmarks.training_free_report import report, save
+
+        result = measure(
+            preset,
+            rounds=rounds,
+            engines=tuple(engines.split(",")),
+            max_points=points,
+            blob_points=blob_points,
+            memory=memory,
+            progress=progress,
+        )
+        file = out or Path("benchmarks/results") / f"training-free-{preset}.json"
         save(result, file)
     shown = report(result)
     shown.facts["written"] = str(file)

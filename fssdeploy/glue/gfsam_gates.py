@@ -19,6 +19,10 @@ from fssdeploy.glue.resample import bilinear_weights, nearest_index
 REJECTED, SELECTED, WAITING = 0, 1, 2
 
 
+# Masks that are resampled together: as many as a core's cache holds.
+CACHED = 8
+
+
 @dataclass(frozen=True)
 class Grid:
     """Pixels of a square mask of side `size` that its reduction to `cells` x `cells` reads.
@@ -43,11 +47,20 @@ class Grid:
 
     def binarise(self, logits: np.ndarray, size: int) -> np.ndarray:
         """Logits (P, h, w), as if enlarged to `size` and cut at 0: bool (P, r, r), at the pixels of `rows` alone."""
-        rows, columns = (self._between(count, size) for count in logits.shape[-2:])
-        low, high, share = rows
-        logits = logits[:, low] + share[:, None] * (logits[:, high] - logits[:, low])
-        low, high, share = columns
-        return logits[:, :, low] + share * (logits[:, :, high] - logits[:, :, low]) > 0
+        (up, down, share), (left, right, along) = (self._between(count, size) for count in logits.shape[-2:])
+        bits = np.empty((len(logits), len(self.rows), len(self.rows)), bool)
+        for start in range(0, len(logits), CACHED):
+            block = logits[start : start + CACHED]
+            first, between = block.take(up, 1), block.take(down, 1)
+            between -= first
+            between *= share[:, None]
+            between += first
+            first, across = between.take(left, 2), between.take(right, 2)
+            across -= first
+            across *= along
+            across += first
+            np.greater(across, 0, out=bits[start : start + CACHED])
+        return bits
 
     def soften(self, bits: np.ndarray) -> np.ndarray:
         """Masks (P, r, r) from `binarise` -> share of each in every cell, float32 (P, cells * cells)."""

@@ -189,7 +189,7 @@ def reference_stages(model: GFSamNetworks) -> dict[str, nn.Module]:
     return {
         "encoder": EncoderStage(model.encoder, config.sam.image_size, config.image_size, config.antialias),
         ENCODER: ImageEncoderStage(model.sam),
-        DECODER: DecoderStage(model.sam, multimask=False),
+        DECODER: DecoderStage(model.sam, multimask=False, absent=False),
     }
 
 

@@ -34,14 +34,16 @@ class ImageEncoderStage(nn.Module):
 class DecoderStage(nn.Module):
     """Points float32 (B, P, 2) and labels int32 (B, P) on one embedding (1, out, g, g) -> masks (B, M, 4g, 4g), IoU.
 
-    Labels are those of `fssdeploy.glue.sam`; absent points take no part. M is 1 (the single mask, the only one that is
-    computed then), or 3 with `multimask`.
+    Labels are those of `fssdeploy.glue.sam`. M is 1 (the single mask, the only one that is computed then), or 3 with
+    `multimask`. Absent points take no part; where there are never any, `absent` False leaves the mask of the attention
+    out, with which the fused kernels are slower or not used at all.
     """
 
     position: torch.Tensor
 
-    def __init__(self, sam: Sam, multimask: bool) -> None:
+    def __init__(self, sam: Sam, multimask: bool, absent: bool = True) -> None:
         super().__init__()
+        self.absent = absent
         self.prompts = sam.prompt_encoder
         self.decoder = sam.mask_decoder
         self.wanted = MULTIPLE if multimask else SINGLE
@@ -57,7 +59,7 @@ class DecoderStage(nn.Module):
             self.position,
             self.prompts.embed_points(points, labels.clamp(min=PADDING)),
             self.prompts.no_mask_embed.weight[:, :, None, None],
-            absent=labels == ABSENT,
+            absent=labels == ABSENT if self.absent else None,
             wanted=self.wanted,
         )
         return logits.float(), iou.float()

@@ -31,10 +31,10 @@ from fssdeploy.demo import Case, natural_case, shapes_case
 from fssdeploy.engines import available_cores, open_engine
 from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.errors import CheckFailedError, InputError
-from fssdeploy.glue import gsm as gsm_module
-from fssdeploy.glue.gfsam import GFSam
-from fssdeploy.glue.gsm_gfsam import GFSamHost
-from fssdeploy.glue.gsm_hosts import gsm
+from fssdeploy.glue.gfsam.system import GFSam
+from fssdeploy.glue.gsm import system as gsm_module
+from fssdeploy.glue.gsm.gfsam import GFSamHost
+from fssdeploy.glue.gsm.hosts import gsm
 from fssdeploy.images.geometry import place
 from fssdeploy.protocol import ClassState, Engine, Features
 from fssdeploy.systems import gfsam

@@ -25,9 +25,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # Systems with steps of their own between the stages; all others chain their stages by the names of the tensors.
 _GLUE = {
-    "gfsam": "fssdeploy.glue.gfsam:GFSam",
-    "matcher": "fssdeploy.glue.matcher:Matcher",
-    "persam": "fssdeploy.glue.persam:PerSam",
+    "gfsam": "fssdeploy.glue.gfsam.system:GFSam",
+    "matcher": "fssdeploy.glue.matcher.system:Matcher",
+    "persam": "fssdeploy.glue.persam.system:PerSam",
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fssdeploy.glue.gfsam_gates import SELECTED, WAITING
+from fssdeploy.glue.gfsam.gates import SELECTED, WAITING
 from fssdeploy.images.colours import class_colour
 from fssdeploy.images.geometry import Placement, unfit
 from fssdeploy.images.overlay import contact_sheet, overlay

@@ -13,13 +13,13 @@ import pytest
 from fssdeploy import explain
 from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.explain import SIDE, figure
-from fssdeploy.glue.gfsam import GFSam
-from fssdeploy.glue.gsm_hosts import gsm
-from fssdeploy.glue.gsm_options import ABLATION, GsmOptions
-from fssdeploy.glue.matcher import Matcher
-from fssdeploy.glue.matcher_options import OPTIONS
-from fssdeploy.glue.persam import PerSam
-from fssdeploy.glue.persam_options import PerSamOptions
+from fssdeploy.glue.gfsam.system import GFSam
+from fssdeploy.glue.gsm.hosts import gsm
+from fssdeploy.glue.gsm.options import ABLATION, GsmOptions
+from fssdeploy.glue.matcher.options import OPTIONS
+from fssdeploy.glue.matcher.system import Matcher
+from fssdeploy.glue.persam.options import PerSamOptions
+from fssdeploy.glue.persam.system import PerSam
 from fssdeploy.images.colours import class_colour
 from fssdeploy.images.geometry import place
 from fssdeploy.modules.dinov2 import ViTConfig

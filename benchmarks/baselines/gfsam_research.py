@@ -2,7 +2,7 @@
 
 Similarities are N x N matrices, masks stay at full size from the decoder on, and loops go through masks, components and
 points, step by step as in Zhang et al., "Bridge the Points" (2024), sections 3.2 to 3.4, and its released code. Same
-weights, same masks as `fssdeploy.glue.gfsam` with ``compat="original"``; only slower. Masks must not be empty.
+weights, same masks as `fssdeploy.glue.gfsam.system` with ``compat="original"``; only slower. Masks must not be empty.
 """
 
 from __future__ import annotations

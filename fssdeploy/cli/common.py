@@ -21,7 +21,7 @@ from fssdeploy.report import Report
 
 if TYPE_CHECKING:
     from fssdeploy.artifact import Artifact
-    from fssdeploy.glue.gsm_options import GsmOptions
+    from fssdeploy.glue.gsm.options import GsmOptions
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Runtime = Annotated[str, typer.Option(help="onnxruntime or openvino.")]
@@ -58,7 +58,7 @@ def check_system(artifact: Artifact, system: str | None) -> None:
 
 def boost_options(boost: str | None, settings: list[str] | None) -> GsmOptions | None:
     """The options of `--boost` with the choices of `--boost-set`, None without a boost. InputError for unknown ones."""
-    from fssdeploy.glue.gsm_options import GsmOptions
+    from fssdeploy.glue.gsm.options import GsmOptions
 
     if boost is None:
         if settings:

@@ -76,7 +76,7 @@ def segment(
         start = time.perf_counter()
         opened: StagedSystem = load(artifact.path, runtime, threads=threads)
         if options:
-            from fssdeploy.glue.gsm_hosts import gsm
+            from fssdeploy.glue.gsm.hosts import gsm
 
             opened = cast("StagedSystem", gsm(opened, options))  # the same three verbs
         shots = _load_shots(support or [], label)

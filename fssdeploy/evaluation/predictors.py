@@ -13,8 +13,8 @@ from fssdeploy.pipeline import StagedSystem
 from fssdeploy.protocol import Features
 
 if TYPE_CHECKING:
-    from fssdeploy.glue.gsm import Gsm
-    from fssdeploy.glue.gsm_options import GsmOptions
+    from fssdeploy.glue.gsm.options import GsmOptions
+    from fssdeploy.glue.gsm.system import Gsm
 
 # A picture uint8 (H, W, 3) and its mask bool (H, W).
 Support = tuple[np.ndarray, np.ndarray]
@@ -103,7 +103,7 @@ class StagedPredictor:
         self._boost = boost
         self._system: StagedSystem | Gsm[Any] = encoder.system
         if boost:
-            from fssdeploy.glue.gsm_hosts import gsm  # brings SciPy, which others do without
+            from fssdeploy.glue.gsm.hosts import gsm  # brings SciPy, which others do without
 
             self._system = gsm(encoder.system, boost)
 

@@ -21,7 +21,7 @@ from fssdeploy.evaluation.published import published
 from fssdeploy.evaluation.sheet import draw_sheet
 from fssdeploy.evaluation.summary import Summary, mean_over_folds, summarise
 from fssdeploy.files import made_folder, write_atomic
-from fssdeploy.glue.gsm_options import GsmOptions
+from fssdeploy.glue.gsm.options import GsmOptions
 from fssdeploy.images.overlay import save_picture
 from fssdeploy.pipeline import StagedSystem
 from fssdeploy.report import Report, Table

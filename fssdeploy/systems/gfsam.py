@@ -1,4 +1,4 @@
-"""GF-SAM's stages: DINOv2 to compare pictures, SAM for masks. The steps between are in ``fssdeploy/glue/gfsam.py``.
+"""GF-SAM's stages: DINOv2 to compare pictures, SAM for masks. The steps between are in ``fssdeploy/glue/gfsam/``.
 
 Source: Zhang et al., "Bridge the Points: Graph-based Few-shot Segment Anything Semantically" (2024). No training.
 

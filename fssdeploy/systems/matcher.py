@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.matcher import ENCODER, ENLARGED, MULTIPLE, SAM_ENCODER, SINGLE
-from fssdeploy.glue.matcher_options import OPTIONS, MatcherOptions
+from fssdeploy.glue.matcher.options import OPTIONS, MatcherOptions
+from fssdeploy.glue.matcher.system import ENCODER, ENLARGED, MULTIPLE, SAM_ENCODER, SINGLE
 from fssdeploy.modules import sam as sam_sizes
 from fssdeploy.modules.dinov2 import IMAGENET_MEAN, IMAGENET_STD, RELEASED, DinoVisionTransformer, ViTConfig
 from fssdeploy.modules.sam import Sam, SamConfig

@@ -1,4 +1,4 @@
-"""PerSAM and PerSAM-F as stages over one SAM; what depends on the data is in `fssdeploy.glue.persam`.
+"""PerSAM and PerSAM-F as stages over one SAM; what depends on the data is in `fssdeploy.glue.persam.system`.
 
 Source: Zhang et al., "Personalize Segment Anything Model with One Shot" (2023), and the released code.
 
@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.persam import DECODER, ENCODER, GUIDED, REFINE
-from fssdeploy.glue.persam_options import PerSamOptions
+from fssdeploy.glue.persam.options import PerSamOptions
+from fssdeploy.glue.persam.system import DECODER, ENCODER, GUIDED, REFINE
 from fssdeploy.glue.sam import ABSENT, PADDING
 from fssdeploy.modules import sam as sam_module
 from fssdeploy.modules.sam import PIXEL_MEAN, PIXEL_STD, Sam, SamConfig

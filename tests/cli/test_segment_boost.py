@@ -16,9 +16,9 @@ from fssdeploy.artifact import load
 from fssdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from fssdeploy.evaluation.predictors import CachedEncoder, StagedPredictor
 from fssdeploy.export.artifact import ExportRequest, export_artifact
-from fssdeploy.glue.gfsam import GFSam
-from fssdeploy.glue.gsm_hosts import gsm
-from fssdeploy.glue.gsm_options import GsmOptions
+from fssdeploy.glue.gfsam.system import GFSam
+from fssdeploy.glue.gsm.hosts import gsm
+from fssdeploy.glue.gsm.options import GsmOptions
 from fssdeploy.images.mark import is_marked
 from fssdeploy.images.masks import load_mask
 from fssdeploy.images.pictures import load_picture

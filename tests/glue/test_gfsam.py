@@ -13,9 +13,9 @@ from scipy.sparse.csgraph import connected_components
 
 from fssdeploy.bank.states import decode_state, encode_state
 from fssdeploy.errors import InputError, IntegrityError
-from fssdeploy.glue.gfsam import GFSam
-from fssdeploy.glue.gfsam_gates import Clusters, Grid, cluster, cluster_similarity, overshoot_gate, positive_gate
-from fssdeploy.glue.gfsam_maps import PriorMaps, chosen_cells, prior_maps, prompt_map, reference, unit
+from fssdeploy.glue.gfsam.gates import Clusters, Grid, cluster, cluster_similarity, overshoot_gate, positive_gate
+from fssdeploy.glue.gfsam.maps import PriorMaps, chosen_cells, prior_maps, prompt_map, reference, unit
+from fssdeploy.glue.gfsam.system import GFSam
 from fssdeploy.modules.sam import SamConfig
 from fssdeploy.protocol import StageSpec, TensorSpec
 from fssdeploy.systems.sam_stages import decoder_spec, encoder_spec

@@ -10,12 +10,13 @@ import pytest
 from scipy.sparse.linalg import ArpackNoConvergence
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue import gsm_graph, gsm_qsm
-from fssdeploy.glue.gfsam_maps import unit
-from fssdeploy.glue.gsm_boost import Affinity, boost, reference_weights
-from fssdeploy.glue.gsm_graph import leading_eigenvectors, normalise
-from fssdeploy.glue.gsm_options import ABLATION, ALLOWED, GsmOptions
-from fssdeploy.glue.gsm_regions import (
+from fssdeploy.glue.gfsam.maps import unit
+from fssdeploy.glue.gsm import graph as gsm_graph
+from fssdeploy.glue.gsm import qsm as gsm_qsm
+from fssdeploy.glue.gsm.boost import Affinity, boost, reference_weights
+from fssdeploy.glue.gsm.graph import leading_eigenvectors, normalise
+from fssdeploy.glue.gsm.options import ABLATION, ALLOWED, GsmOptions
+from fssdeploy.glue.gsm.regions import (
     adaptive_average,
     edge_regions,
     edge_strength,

@@ -11,10 +11,10 @@ import pytest
 
 from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.errors import FssError
-from fssdeploy.glue.gfsam import GFSam
-from fssdeploy.glue.gsm import Gsm
-from fssdeploy.glue.gsm_hosts import gsm
-from fssdeploy.glue.gsm_options import ABLATION, GsmOptions
+from fssdeploy.glue.gfsam.system import GFSam
+from fssdeploy.glue.gsm.hosts import gsm
+from fssdeploy.glue.gsm.options import ABLATION, GsmOptions
+from fssdeploy.glue.gsm.system import Gsm
 from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.modules.sam import SamConfig
 from fssdeploy.protocol import ClassState, Features

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from fssdeploy.engines.torch import TorchEngine
-from fssdeploy.glue.gfsam_maps import unit
-from fssdeploy.glue.gsm import Gsm
-from fssdeploy.glue.gsm_boost import Boosted
-from fssdeploy.glue.gsm_hosts import gsm
-from fssdeploy.glue.gsm_matcher import MatcherHost, match_itself
-from fssdeploy.glue.gsm_options import ABLATION, GsmOptions
-from fssdeploy.glue.matcher import Matcher
-from fssdeploy.glue.matcher_options import OPTIONS
+from fssdeploy.glue.gfsam.maps import unit
+from fssdeploy.glue.gsm.boost import Boosted
+from fssdeploy.glue.gsm.hosts import gsm
+from fssdeploy.glue.gsm.matcher import MatcherHost, match_itself
+from fssdeploy.glue.gsm.options import ABLATION, GsmOptions
+from fssdeploy.glue.gsm.system import Gsm
+from fssdeploy.glue.matcher.options import OPTIONS
+from fssdeploy.glue.matcher.system import Matcher
 from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.modules.sam import SamConfig
 from fssdeploy.protocol import ClassState, Features

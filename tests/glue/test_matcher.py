@@ -12,8 +12,15 @@ import pytest
 from scipy.optimize import linprog
 
 from fssdeploy.errors import InputError, IntegrityError
-from fssdeploy.glue import matcher_candidates, matcher_transport
-from fssdeploy.glue.matcher import (
+from fssdeploy.glue.matcher import candidates as matcher_candidates
+from fssdeploy.glue.matcher import transport as matcher_transport
+from fssdeploy.glue.matcher.assign import box_around, match, patch_centres
+from fssdeploy.glue.matcher.candidates import boxes_of, stability_of, thin_by_boxes, touched_patches
+from fssdeploy.glue.matcher.merge import best_masks
+from fssdeploy.glue.matcher.options import OPTIONS, MatcherOptions
+from fssdeploy.glue.matcher.prompts import Draws, all_subsets, cluster_centres, prompt_sets
+from fssdeploy.glue.matcher.scores import passing, purity_and_coverage, transport_scores
+from fssdeploy.glue.matcher.system import (
     ENCODER,
     ENLARGED,
     MULTIPLE,
@@ -23,13 +30,7 @@ from fssdeploy.glue.matcher import (
     evenly_from_shots,
     layers_of,
 )
-from fssdeploy.glue.matcher_assign import box_around, match, patch_centres
-from fssdeploy.glue.matcher_candidates import boxes_of, stability_of, thin_by_boxes, touched_patches
-from fssdeploy.glue.matcher_merge import best_masks
-from fssdeploy.glue.matcher_options import OPTIONS, MatcherOptions
-from fssdeploy.glue.matcher_prompts import Draws, all_subsets, cluster_centres, prompt_sets
-from fssdeploy.glue.matcher_scores import passing, purity_and_coverage, transport_scores
-from fssdeploy.glue.matcher_transport import linear_program, transport_value
+from fssdeploy.glue.matcher.transport import linear_program, transport_value
 from fssdeploy.glue.sam import FOREGROUND
 from fssdeploy.glue.sam_frame import to_picture
 from fssdeploy.images.geometry import Placement
@@ -241,7 +242,7 @@ def test_masks_of_the_same_patches_are_solved_once(monkeypatch: pytest.MonkeyPat
         solved.append(similarity.shape)
         return float(similarity.mean())
 
-    monkeypatch.setattr("fssdeploy.glue.matcher_scores.transport_value", mean)
+    monkeypatch.setattr("fssdeploy.glue.matcher.scores.transport_value", mean)
     touched = np.array([[1, 1, 0], [0, 1, 1], [1, 1, 0], [1, 1, 0]], bool)
     scores = transport_scores(np.arange(6).reshape(2, 3) / 10, touched)
     assert len(solved) == 2

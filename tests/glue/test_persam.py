@@ -17,11 +17,11 @@ from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.errors import InputError, IntegrityError
 from fssdeploy.export.lint import lint
 from fssdeploy.export.onnx import export_stage
-from fssdeploy.glue import persam_fit
-from fssdeploy.glue.persam import DECODER, ENCODER, REFINE, PerSam
-from fssdeploy.glue.persam_fit import MixingLoss, fit_mask_weights
-from fssdeploy.glue.persam_options import PerSamOptions
-from fssdeploy.glue.persam_video import VideoOptions, VideoTracker, widened
+from fssdeploy.glue.persam import fit as persam_fit
+from fssdeploy.glue.persam.fit import MixingLoss, fit_mask_weights
+from fssdeploy.glue.persam.options import PerSamOptions
+from fssdeploy.glue.persam.system import DECODER, ENCODER, REFINE, PerSam
+from fssdeploy.glue.persam.video import VideoOptions, VideoTracker, widened
 from fssdeploy.glue.sam_frame import tight_box, to_canvas, to_picture
 from fssdeploy.images.geometry import place
 from fssdeploy.images.masks import Mask

@@ -17,7 +17,7 @@ from fssdeploy.deployment import Deployment
 from fssdeploy.engines.torch import TorchEngine
 from fssdeploy.errors import InputError
 from fssdeploy.export.artifact import ExportRequest, export_artifact, plan
-from fssdeploy.glue.gfsam import GFSam
+from fssdeploy.glue.gfsam.system import GFSam
 from fssdeploy.modules.dinov2 import RELEASED, ViTConfig
 from fssdeploy.modules.sam import Sam, SamConfig
 from fssdeploy.systems import get_system, gfsam

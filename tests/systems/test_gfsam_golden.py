@@ -13,8 +13,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from fssdeploy.engines.torch import TorchEngine
-from fssdeploy.glue.gfsam import GFSam
-from fssdeploy.glue.gfsam_gates import cluster_similarity
+from fssdeploy.glue.gfsam.gates import cluster_similarity
+from fssdeploy.glue.gfsam.system import GFSam
 from fssdeploy.glue.resample import bilinear
 from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.modules.sam import SamConfig

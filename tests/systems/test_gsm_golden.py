@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fssdeploy.glue.gfsam_maps import unit
-from fssdeploy.glue.gsm import Gsm
-from fssdeploy.glue.gsm_boost import Affinity, boost
-from fssdeploy.glue.gsm_gfsam import GFSamHost
-from fssdeploy.glue.gsm_graph import (
+from fssdeploy.glue.gfsam.maps import unit
+from fssdeploy.glue.gsm.boost import Affinity, boost
+from fssdeploy.glue.gsm.gfsam import GFSamHost
+from fssdeploy.glue.gsm.graph import (
     cosine_matrix,
     edge_weights,
     gaussian,
@@ -21,8 +20,9 @@ from fssdeploy.glue.gsm_graph import (
     normalise,
     undirected,
 )
-from fssdeploy.glue.gsm_options import ABLATION, GsmOptions
-from fssdeploy.glue.gsm_regions import region_similarity
+from fssdeploy.glue.gsm.options import ABLATION, GsmOptions
+from fssdeploy.glue.gsm.regions import region_similarity
+from fssdeploy.glue.gsm.system import Gsm
 from tests.conftest import golden_cases, read_case
 from tests.systems.test_gfsam_golden import recorded_system
 

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 
 from fssdeploy.engines.torch import TorchEngine
-from fssdeploy.glue.matcher import Matcher
-from fssdeploy.glue.matcher_candidates import centre_pixels, touched_patches
-from fssdeploy.glue.matcher_options import MatcherOptions
-from fssdeploy.glue.matcher_prompts import FEW_CANDIDATES, Draws, all_subsets
-from fssdeploy.glue.matcher_scores import purity_and_coverage, transport_scores
+from fssdeploy.glue.matcher.candidates import centre_pixels, touched_patches
+from fssdeploy.glue.matcher.options import MatcherOptions
+from fssdeploy.glue.matcher.prompts import FEW_CANDIDATES, Draws, all_subsets
+from fssdeploy.glue.matcher.scores import purity_and_coverage, transport_scores
+from fssdeploy.glue.matcher.system import Matcher
 from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.modules.sam import SamConfig
 from fssdeploy.systems import matcher

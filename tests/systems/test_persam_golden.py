@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from fssdeploy.engines.torch import TorchEngine
-from fssdeploy.glue.persam import GUIDED, PerSam
-from fssdeploy.glue.persam_options import PerSamOptions
-from fssdeploy.glue.persam_video import VideoOptions, VideoTracker
+from fssdeploy.glue.persam.options import PerSamOptions
+from fssdeploy.glue.persam.system import GUIDED, PerSam
+from fssdeploy.glue.persam.video import VideoOptions, VideoTracker
 from fssdeploy.glue.sam_frame import to_picture
 from fssdeploy.images.geometry import fit_picture
 from fssdeploy.modules.sam import PIXEL_MEAN, PIXEL_STD, SamConfig

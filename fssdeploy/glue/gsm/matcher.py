@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fssdeploy.glue.gfsam_maps import mean_vectors
-from fssdeploy.glue.gsm import Answer, Trace
-from fssdeploy.glue.gsm_boost import Affinity, Boosted
-from fssdeploy.glue.matcher import Matcher
-from fssdeploy.glue.matcher_assign import Matches, match
-from fssdeploy.glue.matcher_candidates import Tried, join_tried, thin_by_boxes
+from fssdeploy.glue.gfsam.maps import mean_vectors
+from fssdeploy.glue.gsm.boost import Affinity, Boosted
+from fssdeploy.glue.gsm.system import Answer, Trace
+from fssdeploy.glue.matcher.assign import Matches, match
+from fssdeploy.glue.matcher.candidates import Tried, join_tried, thin_by_boxes
+from fssdeploy.glue.matcher.system import Matcher
 from fssdeploy.glue.sam import EMPTY_LOGIT
 from fssdeploy.glue.sam_frame import to_picture
 from fssdeploy.images.masks import Mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.persam_fit import LEARNING_RATE, STEPS
+from fssdeploy.glue.persam.fit import LEARNING_RATE, STEPS
 
 ALLOWED = {"variant": ("persam", "persam_f"), "compat": ("original", "corrected")}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fssdeploy.glue.matcher_options import MatcherOptions
+from fssdeploy.glue.matcher.options import MatcherOptions
 
 
 def best_masks(scores: np.ndarray, options: MatcherOptions) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 Source: Xiao et al., "Training-free Boosting for Few-shot Segmentation via Generalizing Semantic Mining" (2026).
 
-    QSM  the query's own structure says which of its cells are foreground        fssdeploy.glue.gsm_qsm
-    TSR  where that agrees with the host's mask, the query is one more reference  fssdeploy.glue.gsm_boost
-    RR   references weigh by how alike they are to the others                     fssdeploy.glue.gsm_boost
+    QSM  the query's own structure says which of its cells are foreground        fssdeploy.glue.gsm.qsm
+    TSR  where that agrees with the host's mask, the query is one more reference  fssdeploy.glue.gsm.boost
+    RR   references weigh by how alike they are to the others                     fssdeploy.glue.gsm.boost
 
 No code was published; every choice the text leaves open is an option, see docs/gsm.md. No torch.
 """
@@ -17,8 +17,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from fssdeploy.glue.gsm_boost import Affinity, Boosted, boost
-from fssdeploy.glue.gsm_options import GsmOptions
+from fssdeploy.glue.gsm.boost import Affinity, Boosted, boost
+from fssdeploy.glue.gsm.options import GsmOptions
 from fssdeploy.images.geometry import unfit
 from fssdeploy.images.masks import Mask
 from fssdeploy.pipeline import check_query

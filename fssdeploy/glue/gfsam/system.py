@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fssdeploy.glue.gfsam_gates import (
+from fssdeploy.glue.gfsam.gates import (
     REJECTED,
     SELECTED,
     WAITING,
@@ -24,7 +24,7 @@ from fssdeploy.glue.gfsam_gates import (
     overshoot_gate,
     positive_gate,
 )
-from fssdeploy.glue.gfsam_maps import PriorMaps, chosen_cells, prior_maps, prompt_map, reference, unit
+from fssdeploy.glue.gfsam.maps import PriorMaps, chosen_cells, prior_maps, prompt_map, reference, unit
 from fssdeploy.glue.resample import bilinear, nearest
 from fssdeploy.glue.sam import EMPTY_LOGIT, FOREGROUND, decode, with_padding_point
 from fssdeploy.glue.sam_frame import to_picture
@@ -109,7 +109,7 @@ class GFSam:
     ) -> ClassState:
         """The state of one class from the features of its k pictures and one mask for each, at the picture's size.
 
-        Its tensors are those of `fssdeploy.glue.gfsam_maps.reference`, shot after shot. InputError if a mask is of
+        Its tensors are those of `fssdeploy.glue.gfsam.maps.reference`, shot after shot. InputError if a mask is of
         another size, empty or too small (the last two not in the original).
         """
         check_origin(features.fingerprint, self.fingerprint, "features")

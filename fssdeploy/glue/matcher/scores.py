@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fssdeploy.glue.matcher_options import MatcherOptions
-from fssdeploy.glue.matcher_transport import transport_value
+from fssdeploy.glue.matcher.options import MatcherOptions
+from fssdeploy.glue.matcher.transport import transport_value
 
 _LITTLE = np.float32(1e-6)
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.gfsam_maps import unit
-from fssdeploy.glue.gsm_graph import SolverFailureError, cosine_matrix
-from fssdeploy.glue.gsm_options import GsmOptions
-from fssdeploy.glue.gsm_qsm import mine_query
-from fssdeploy.glue.gsm_regions import adaptive_average
+from fssdeploy.glue.gfsam.maps import unit
+from fssdeploy.glue.gsm.graph import SolverFailureError, cosine_matrix
+from fssdeploy.glue.gsm.options import GsmOptions
+from fssdeploy.glue.gsm.qsm import mine_query
+from fssdeploy.glue.gsm.regions import adaptive_average
 
 CHUNK = 256
 # One row a reference in each of these fields of Affinity.

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.persam_fit import fit_mask_weights
-from fssdeploy.glue.persam_options import PerSamOptions
-from fssdeploy.glue.persam_target import (
+from fssdeploy.glue.persam.fit import fit_mask_weights
+from fssdeploy.glue.persam.options import PerSamOptions
+from fssdeploy.glue.persam.target import (
     at_least_one,
     cells_of_picture,
     cover,

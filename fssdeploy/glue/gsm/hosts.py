@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.gfsam import GFSam
-from fssdeploy.glue.gsm import Gsm
-from fssdeploy.glue.gsm_gfsam import GFSamHost
-from fssdeploy.glue.gsm_matcher import MatcherHost
-from fssdeploy.glue.gsm_options import GsmOptions
-from fssdeploy.glue.matcher import Matcher
+from fssdeploy.glue.gfsam.system import GFSam
+from fssdeploy.glue.gsm.gfsam import GFSamHost
+from fssdeploy.glue.gsm.matcher import MatcherHost
+from fssdeploy.glue.gsm.options import GsmOptions
+from fssdeploy.glue.gsm.system import Gsm
+from fssdeploy.glue.matcher.system import Matcher
 
 HOSTS = {GFSam: GFSamHost, Matcher: MatcherHost}
 

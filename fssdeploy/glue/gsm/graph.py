@@ -10,8 +10,8 @@ import numpy as np
 from scipy import linalg
 from scipy.sparse.linalg import ArpackError, eigsh
 
-from fssdeploy.glue.gfsam_maps import unit
-from fssdeploy.glue.gsm_regions import numbered
+from fssdeploy.glue.gfsam.maps import unit
+from fssdeploy.glue.gsm.regions import numbered
 
 # Only the leading directions are wanted, and labels change where vectors differ by far more than this.
 TOLERANCE = 1e-4

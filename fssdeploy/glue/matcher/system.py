@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.matcher_assign import Matches, box_around, match, patch_centres
-from fssdeploy.glue.matcher_candidates import (
+from fssdeploy.glue.matcher.assign import Matches, box_around, match, patch_centres
+from fssdeploy.glue.matcher.candidates import (
     Candidates,
     Prompts,
     Tried,
@@ -27,10 +27,10 @@ from fssdeploy.glue.matcher_candidates import (
     join_tried,
     thin_by_boxes,
 )
-from fssdeploy.glue.matcher_merge import best_masks
-from fssdeploy.glue.matcher_options import MatcherOptions
-from fssdeploy.glue.matcher_prompts import Draws, cluster_centres, prompt_sets
-from fssdeploy.glue.matcher_scores import combined, passing, purity_and_coverage, transport_scores
+from fssdeploy.glue.matcher.merge import best_masks
+from fssdeploy.glue.matcher.options import MatcherOptions
+from fssdeploy.glue.matcher.prompts import Draws, cluster_centres, prompt_sets
+from fssdeploy.glue.matcher.scores import combined, passing, purity_and_coverage, transport_scores
 from fssdeploy.glue.resample import nearest
 from fssdeploy.glue.sam import BOTTOM_RIGHT, EMPTY_LOGIT, FOREGROUND, TOP_LEFT, with_padding_point
 from fssdeploy.glue.sam_frame import to_canvas, to_picture

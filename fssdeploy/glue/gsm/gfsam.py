@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fssdeploy.glue.gfsam import GFSam, Query
-from fssdeploy.glue.gfsam_maps import PriorMaps, prompt_map
-from fssdeploy.glue.gsm import Answer, Trace
-from fssdeploy.glue.gsm_boost import Affinity, Boosted
+from fssdeploy.glue.gfsam.maps import PriorMaps, prompt_map
+from fssdeploy.glue.gfsam.system import GFSam, Query
+from fssdeploy.glue.gsm.boost import Affinity, Boosted
+from fssdeploy.glue.gsm.system import Answer, Trace
 from fssdeploy.images.masks import Mask
 from fssdeploy.protocol import ClassState, Features
 

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from fssdeploy.glue.gfsam_maps import RANGE_EPSILON, PriorMaps, mean_vectors
+from fssdeploy.glue.gfsam.maps import RANGE_EPSILON, PriorMaps, mean_vectors
 from fssdeploy.glue.resample import bilinear_weights, nearest_index
 
 # Labels of points.

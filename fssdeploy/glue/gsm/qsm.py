@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fssdeploy.glue.gsm_graph import (
+from fssdeploy.glue.gsm.graph import (
     cluster,
     edge_weights,
     leading_eigenvectors,
     normalise,
     undirected,
 )
-from fssdeploy.glue.gsm_options import GsmOptions
-from fssdeploy.glue.gsm_regions import edge_regions, edge_strength, edge_threshold, numbered, region_similarity
+from fssdeploy.glue.gsm.options import GsmOptions
+from fssdeploy.glue.gsm.regions import edge_regions, edge_strength, edge_threshold, numbered, region_similarity
 
 AUTO_GAIN = 0.75
 AUTO_SIGMA = 2.0

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from fssdeploy.errors import InputError
-from fssdeploy.glue.persam import DECODER, PerSam, Trace
-from fssdeploy.glue.persam_target import target_of_mean_and_peak, unit
+from fssdeploy.glue.persam.system import DECODER, PerSam, Trace
+from fssdeploy.glue.persam.target import target_of_mean_and_peak, unit
 from fssdeploy.glue.sam import FOREGROUND
 from fssdeploy.glue.sam_frame import tight_box, to_picture
 from fssdeploy.images.masks import Mask
@@ -47,7 +47,7 @@ class VideoOptions:
 class VideoTracker:
     """Follows the objects of a first frame through the frames that come after it, one at a time.
 
-    `compat` of the system decides two things (table in `fssdeploy.glue.persam_options.PerSamOptions`): by which area
+    `compat` of the system decides two things (table in `fssdeploy.glue.persam.options.PerSamOptions`): by which area
     the first mask is chosen, and what becomes of an object that vanishes.
     """
 

@@ -1,0 +1,1 @@
+"""GF-SAM between its networks."""

@@ -1,0 +1,1 @@
+"""GSM, the booster around hosts that compare features of cells."""

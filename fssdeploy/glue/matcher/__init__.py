@@ -1,0 +1,1 @@
+"""Matcher between its networks."""

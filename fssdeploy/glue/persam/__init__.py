@@ -1,0 +1,1 @@
+"""PerSAM and PerSAM-F between their networks."""

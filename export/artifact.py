@@ -81,7 +81,7 @@ class ExportRequest:
         chosen = {name: spec for name, spec in specs.items() if name in wanted}
         if self.dynamic_batch:
             return chosen
-        return {name: spec if spec.shared else _fixed(spec) for name, spec in chosen.items()}
+        return {name: spec if spec.shared else one_row(spec) for name, spec in chosen.items()}
 
     def _wanted(self) -> list[str]:
         return [part.strip() for part in self.components.split(",")]
@@ -357,7 +357,9 @@ def _report(
     return Report("export", facts, [files, *proof.tables], notes, data)
 
 
-def _fixed(spec: StageSpec) -> StageSpec:
+def one_row(spec: StageSpec) -> StageSpec:
+    """The contract of a stage that takes one row at a time."""
+
     def fix(tensors: Sequence[Any]) -> tuple[Any, ...]:
         return tuple(replace(tensor, shape=(1, *tensor.shape[1:])) for tensor in tensors)
 

@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper, parser
 
 from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.export.artifact import one_row
 from fssdeploy.export.lint import LARGE_TENSOR, RULES, Finding, lint
 from fssdeploy.export.onnx import StageFiles, export_stage
 from fssdeploy.protocol import StageSpec, TensorSpec
@@ -679,10 +680,8 @@ def export_stages(
     network = fsdino.build(TINY)
     fsdino.initialise_untrained(network, 0)
     modules, specs = fsdino.stages(network, dtype), fsdino.specs(TINY)
-    return {
-        name: export_stage(modules[name], specs[name], folder, dynamic_batch=dynamic, precision=precision, fuse=True)
-        for name in names
-    }
+    chosen = specs if dynamic else {name: one_row(spec) for name, spec in specs.items()}
+    return {name: export_stage(modules[name], chosen[name], folder, precision=precision, fuse=True) for name in names}
 
 
 def lint_all(folder: Path, files: dict[str, StageFiles], precision: str, target_opset: int = 20) -> list[Finding]:

@@ -11,6 +11,7 @@ import torch
 from onnx import parser
 
 from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.export.artifact import one_row
 from fssdeploy.export.onnx import export_stage
 from fssdeploy.export.profile import count_flops, parameters
 from fssdeploy.systems import fsdino
@@ -159,7 +160,7 @@ def export_encoder(preset: str, folder: Path, *, dynamic: bool) -> tuple[Path, P
     fsdino.initialise_untrained(model, 0)  # or equal tensors (norms of ones, biases of zeros) are stored once
     stage = fsdino.stages(model)["encoder"]
     spec = fsdino.specs(config)["encoder"]
-    files = export_stage(stage, spec, folder, dynamic_batch=dynamic, precision="fp32", fuse=True)
+    files = export_stage(stage, spec if dynamic else one_row(spec), folder, precision="fp32", fuse=True)
     assert files.onnxruntime is not None
     return folder / files.portable, folder / files.onnxruntime, stage
 

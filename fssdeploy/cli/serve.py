@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import signal
 import threading
@@ -148,10 +149,20 @@ def _announce(server: Server, as_json: bool) -> None:
 def _stop_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set, in place of what they do otherwise: stopping a server is no failure."""
     stopping = threading.Event()
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    # A handler interrupts the main thread, which may just hold the lock of the event it waits for: setting it there
+    # would wait for ever. Putting into this queue never waits.
+    def wait() -> None:
+        arrived.get()
+        stopping.set()
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: stopping.set()) for number in numbers]
+    before = [signal.signal(number, lambda number, _: arrived.put(number)) for number in numbers]
     try:
         yield stopping
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+        arrived.put(0)

@@ -23,7 +23,6 @@ from torch import nn
 from fssdeploy.errors import InputError
 from fssdeploy.glue.persam.options import PerSamOptions
 from fssdeploy.glue.persam.system import DECODER, ENCODER, GUIDED, REFINE
-from fssdeploy.glue.sam import ABSENT, PADDING
 from fssdeploy.modules import sam as sam_module
 from fssdeploy.modules.sam import PIXEL_MEAN, PIXEL_STD, Sam, SamConfig
 from fssdeploy.modules.sam_decoder import Guidance
@@ -33,6 +32,7 @@ from fssdeploy.systems.sam_stages import (
     MULTIPLE,
     SINGLE,
     DecoderStage,
+    PromptedStage,
     decoder_parameters,
     decoder_spec,
     encoder_parameters,
@@ -119,39 +119,6 @@ class LetterboxEncoderStage(nn.Module):
         return (self.image_encoder((normalised * occupied).to(self.image_encoder.pos_embed.dtype)).float(),)
 
 
-class PromptedStage(nn.Module):
-    """SAM's decoder over one embedding, with points that may be absent; what else prompts it is the subclass's."""
-
-    position: torch.Tensor
-
-    def __init__(self, sam: Sam) -> None:
-        super().__init__()
-        self.prompts = sam.prompt_encoder
-        self.decoder = sam.mask_decoder
-        with torch.no_grad():
-            self.register_buffer("position", sam.prompt_encoder.position().detach().clone())
-
-    def predict(
-        self,
-        points: torch.Tensor,
-        labels: torch.Tensor,
-        dense: torch.Tensor,
-        embedding: torch.Tensor,
-        wanted: slice,
-        guidance: Guidance | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, iou = self.decoder.predict(
-            embedding.to(self.position.dtype),
-            self.position,
-            self.prompts.embed_points(points, labels.clamp(min=PADDING)),
-            dense,
-            absent=labels == ABSENT,
-            guidance=guidance,
-            wanted=wanted,
-        )
-        return logits.float(), iou.float()
-
-
 class GuidedStage(PromptedStage):
     """SAM's decoder under PerSAM's guidance: the single mask of points, an attention bias and a target embedding.
 
@@ -169,8 +136,7 @@ class GuidedStage(PromptedStage):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = self.position.dtype
         guidance = Guidance(attention_bias[:, None, None].to(dtype), target_embedding[:, None].to(dtype))
-        dense = self.prompts.no_mask_embed.weight[:, :, None, None]
-        return self.predict(points, labels, dense, embedding, SINGLE, guidance)
+        return self.predict(points, labels, self.no_mask, embedding, SINGLE, guidance)
 
 
 class RefineStage(PromptedStage):

@@ -11,6 +11,7 @@ from torch import nn
 
 from fssdeploy.glue.sam import ABSENT, PADDING
 from fssdeploy.modules.sam import PIXEL_MEAN, PIXEL_STD, Sam, SamConfig
+from fssdeploy.modules.sam_decoder import Guidance
 from fssdeploy.protocol import BATCH, StageSpec, TensorSpec
 
 ENCODER, DECODER = "sam_encoder", "decoder"
@@ -31,38 +32,66 @@ class ImageEncoderStage(nn.Module):
         return (self.image_encoder(normalised.to(self.image_encoder.pos_embed.dtype)).float(),)
 
 
-class DecoderStage(nn.Module):
-    """Points float32 (B, P, 2) and labels int32 (B, P) on one embedding (1, out, g, g) -> masks (B, M, 4g, 4g), IoU.
+class PromptedStage(nn.Module):
+    """SAM's decoder over one embedding; what prompts it besides points is the subclass's.
 
-    Labels are those of `fssdeploy.glue.sam`. M is 1 (the single mask, the only one that is computed then), or 3 with
-    `multimask`. Absent points take no part; where there are never any, `absent` False leaves the mask of the attention
-    out, with which the fused kernels are slower or not used at all.
+    Absent points take no part; where there are never any, `absent` False leaves the mask of the attention out, with
+    which the fused kernels are slower or not used at all.
     """
 
     position: torch.Tensor
 
-    def __init__(self, sam: Sam, multimask: bool, absent: bool = True) -> None:
+    def __init__(self, sam: Sam, absent: bool = True) -> None:
         super().__init__()
         self.absent = absent
         self.prompts = sam.prompt_encoder
         self.decoder = sam.mask_decoder
-        self.wanted = MULTIPLE if multimask else SINGLE
         # The codes of the grid are computed in float32 beforehand: the exporter would leave their computation in.
         with torch.no_grad():
             self.register_buffer("position", sam.prompt_encoder.position().detach().clone())
 
-    def forward(
-        self, points: torch.Tensor, labels: torch.Tensor, embedding: torch.Tensor
+    @property
+    def no_mask(self) -> torch.Tensor:
+        """The dense prompt (1, out, 1, 1) where no mask is one."""
+        return self.prompts.no_mask_embed.weight[:, :, None, None]
+
+    def predict(
+        self,
+        points: torch.Tensor,
+        labels: torch.Tensor,
+        dense: torch.Tensor,
+        embedding: torch.Tensor,
+        wanted: slice,
+        guidance: Guidance | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, M, 4g, 4g) and predicted IoU (B, M) of the `wanted` masks, float32."""
         logits, iou = self.decoder.predict(
             embedding.to(self.position.dtype),
             self.position,
             self.prompts.embed_points(points, labels.clamp(min=PADDING)),
-            self.prompts.no_mask_embed.weight[:, :, None, None],
+            dense,
             absent=labels == ABSENT if self.absent else None,
-            wanted=self.wanted,
+            guidance=guidance,
+            wanted=wanted,
         )
         return logits.float(), iou.float()
+
+
+class DecoderStage(PromptedStage):
+    """Points float32 (B, P, 2) and labels int32 (B, P) on one embedding (1, out, g, g) -> masks (B, M, 4g, 4g), IoU.
+
+    Labels are those of `fssdeploy.glue.sam`. M is 1 (the single mask, the only one that is computed then), or 3 with
+    `multimask`.
+    """
+
+    def __init__(self, sam: Sam, multimask: bool, absent: bool = True) -> None:
+        super().__init__(sam, absent)
+        self.wanted = MULTIPLE if multimask else SINGLE
+
+    def forward(
+        self, points: torch.Tensor, labels: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.predict(points, labels, self.no_mask, embedding, self.wanted)
 
 
 def encoder_spec(config: SamConfig, name: str = ENCODER) -> StageSpec:

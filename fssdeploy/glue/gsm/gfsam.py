@@ -29,10 +29,7 @@ class GFSamHost:
         return self.system.enroll(features, masks, trace)
 
     def queries(self, features: Features, trace: Trace | None) -> list[Query]:
-        if len(features) == 1:  # embedded only if it gets any point
-            return [self.system.query(features)]
-        self.system._embed(features)
-        return [self.system.query(features[index]) for index in range(len(features))]
+        return self.system.queries(features)
 
     def affinity(self, query: Query, state: ClassState, trace: Trace | None) -> Affinity:
         maps = self.system.maps(query, state, trace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -69,6 +70,13 @@ def sam(
     fold: runs.Fold = 0,
     preset: Annotated[str, typer.Option(help="tiny, vit_b, vit_l or vit_h.")] = "tiny",
     pictures: Pictures = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Begin with the weights of this SAM, not with random ones.")
+    ] = None,
+    every_mask: Annotated[
+        bool,
+        typer.Option("--every-mask", help="Teach the single mask and the three alike, as training-free systems ask."),
+    ] = False,
     out: runs.Out = Path("runs/sam"),
     phases: runs.Phases = None,
     seed: runs.Seed = 0,
@@ -87,11 +95,19 @@ def sam(
     def make(opened: Dataset) -> Recipe:
         from fssdeploy.training import defaults
         from fssdeploy.training.pictures import BasePictures
-        from fssdeploy.training.sam import SamRecipe
+        from fssdeploy.training.sam import PromptObjective, SamRecipe
+        from fssdeploy.weights.checkpoint import read_checkpoint
+        from fssdeploy.weights.sam import load_sam
 
-        settings = started.adjust(defaults.sam(preset))
+        settings = started.adjust(replace(defaults.sam(preset), every_mask=every_mask))
         shown = BasePictures(opened, fold, pictures)
-        return SamRecipe(shown, settings, {**started.origin(), "pictures": len(shown.items)})
+        origin = {**started.origin(), "pictures": len(shown.items)}
+        if weights is None:
+            return SamRecipe(shown, settings, origin)
+        begin = read_checkpoint(weights)
+        recipe = SamRecipe(shown, settings, {**origin, "weights": begin.sha256})
+        load_sam(cast(PromptObjective, recipe.objective).sam, begin)
+        return recipe
 
     def keep(recipe: Recipe, folder: Path, metadata: dict[str, str]) -> Path:
         from fssdeploy.training.sam import PromptObjective

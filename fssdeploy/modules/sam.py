@@ -101,13 +101,13 @@ class Sam(nn.Module):
         labels: torch.Tensor | None = None,
         boxes: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
-        multimask: bool = False,
+        multimask: bool | None = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, N, M, 4g, 4g) and predicted IoU (B, N, M) for N prompt sets on each of B pictures.
 
         embedding (B, out, g, g); points (B, N, P, 2), labels (B, N, P), boxes (B, N, 4), masks (B, N, 1, 4g, 4g) as
         in `PromptEncoder.forward`, where sets with fewer points than P are filled with label -1. M is 1 (token 0, for
-        prompts that leave no doubt), or 3 with `multimask`. Without any prompt N is 1.
+        prompts that leave no doubt), 3 with `multimask`, or 4, that one first, with None. Without any prompt N is 1.
         """
         batch = embedding.shape[0]
         count = next((prompt.shape[1] for prompt in (points, boxes, masks) if prompt is not None), 1)
@@ -119,5 +119,5 @@ class Sam(nn.Module):
             sparse.expand(batch * count, -1, -1),
             dense,
         )
-        wanted = slice(1, None) if multimask else slice(0, 1)
+        wanted = slice(None) if multimask is None else slice(1, None) if multimask else slice(0, 1)
         return logits[:, wanted].unflatten(0, (batch, count)), iou[:, wanted].unflatten(0, (batch, count))

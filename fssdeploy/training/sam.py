@@ -29,11 +29,16 @@ LEAST_OBJECT = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class SamSettings(RunSettings):
-    """`objects`: prompts for each picture; `matrix_rate` is Muon's, for the matrices of the encoder's blocks."""
+    """`objects`: prompts for each picture; `matrix_rate` is Muon's, for the matrices of the encoder's blocks.
+
+    `every_mask` teaches the single mask and the three in both rounds, whatever the prompt: training-free systems ask
+    a lone point for the single mask, and points with a box and a mask for three.
+    """
 
     network: SamConfig
     phases: tuple[Phase, ...] = (Phase(1500, 8, 208),)
     objects: int = 3
+    every_mask: bool = False
     matrix_rate: float = 0.02
     decay: float = 0.05
     precision: str = "bf16"
@@ -80,9 +85,10 @@ def _prompt(inside: np.ndarray, rng: np.random.Generator) -> tuple[list[float], 
 
 
 class PromptObjective(Objective):
-    def __init__(self, config: SamConfig) -> None:
+    def __init__(self, config: SamConfig, every_mask: bool = False) -> None:
         super().__init__()
         self.sam = Sam(config)
+        self.every_mask = every_mask
         initialise(self.sam.image_encoder)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -92,16 +98,29 @@ class PromptObjective(Objective):
         embedding = self.sam.encode(batch["picture"])
         points, labels = batch["point"].unsqueeze(2), torch.ones_like(batch["point"][..., :1], dtype=torch.int64)
         if int(batch["step"]) % 2:
-            first, iou = self.sam.decode(embedding, boxes=batch["box"])
+            first, iou = self.sam.decode(embedding, boxes=batch["box"], multimask=self._wanted(False))
         else:
-            first, iou = self.sam.decode(embedding, points, labels, multimask=True)
-        loss_first, best, _ = _judge(first, iou, target)
+            first, iou = self.sam.decode(embedding, points, labels, multimask=self._wanted(True))
+        loss_first, best, _ = self._judge(first, iou, target)
         extra, kind = _correction(best, target, cell)
-        second, iou = self.sam.decode(
-            embedding, torch.cat([points, extra], 2), torch.cat([labels, kind], 2), masks=best.detach().unsqueeze(2)
-        )
-        loss_second, _, overlap = _judge(second, iou, target)
+        points, labels = torch.cat([points, extra], 2), torch.cat([labels, kind], 2)
+        before = best.detach().unsqueeze(2)
+        second, iou = self.sam.decode(embedding, points, labels, masks=before, multimask=self._wanted(False))
+        loss_second, _, overlap = self._judge(second, iou, target)
         return {"loss": loss_first + loss_second, "iou": overlap}
+
+    def _wanted(self, multimask: bool) -> bool | None:
+        return None if self.every_mask else multimask
+
+    def _judge(
+        self, logits: torch.Tensor, predicted: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the function `_judge`; where every mask learns, of the single mask and the three."""
+        if not self.every_mask:
+            return _judge(logits, predicted, target)
+        loss, _, overlap = _judge(logits[:, :, :1], predicted[:, :, :1], target)
+        loss_of_three, best, _ = _judge(logits[:, :, 1:], predicted[:, :, 1:], target)
+        return loss + loss_of_three, best, overlap
 
 
 def _judge(
@@ -140,7 +159,7 @@ class SamRecipe(Recipe):
         check_sizes(settings.phases, settings.network.patch, settings.network.image_size)
         torch.manual_seed(settings.seed)
         examples = Objects(pictures, settings.crop, settings.objects, settings.seed)
-        super().__init__(settings, origin, examples, PromptObjective(settings.network))
+        super().__init__(settings, origin, examples, PromptObjective(settings.network, settings.every_mask))
         self._rates = settings.rate, settings.matrix_rate, settings.decay
 
     def optimisers(self) -> list[torch.optim.Optimizer]:

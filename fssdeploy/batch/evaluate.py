@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fssdeploy import data as datasets
 from fssdeploy.artifact import load
@@ -24,6 +24,9 @@ from fssdeploy.evaluation.evaluate import Canvas, evaluate, load_together
 from fssdeploy.evaluation.predictors import CachedEncoder, StagedPredictor
 from fssdeploy.evaluation.run import Run, journal_file, list_hash
 from fssdeploy.report import Report
+
+if TYPE_CHECKING:
+    from fssdeploy.glue.gsm.options import GsmOptions
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,11 @@ class EvaluateJob:
     canvas: Canvas | None
     name: str
     fingerprint: str
+    boost: GsmOptions | None = None
 
     def open(self, threads: int) -> Work:
         encoder = CachedEncoder(load(self.artifact, self.runtime, threads=threads))
-        predictor = StagedPredictor(encoder, self.name, self.fingerprint)
+        predictor = StagedPredictor(encoder, self.name, self.fingerprint, self.boost)
         return partial(self._finish, predictor, datasets.open_dataset(self.dataset, self.data_dir))
 
     def _finish(self, predictor: StagedPredictor, dataset: Dataset, item: Item) -> dict[str, Any]:
@@ -96,6 +100,7 @@ def evaluate_batch(
         subject.canvas if run.on_canvas else None,
         subject.name,
         subject.fingerprint,
+        subject.boost,
     )
     groups = [group for episodes in run.lists for group in _groups(episodes)]
     plan = Plan("evaluate", configuration, [{"index": index, **group} for index, group in enumerate(groups)])

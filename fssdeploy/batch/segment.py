@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fssdeploy import annotate
 from fssdeploy.artifact import Artifact, load
@@ -25,6 +25,9 @@ from fssdeploy.pipeline import StagedSystem
 from fssdeploy.protocol import ClassState
 from fssdeploy.report import Report, Table
 
+if TYPE_CHECKING:
+    from fssdeploy.glue.gsm.options import GsmOptions
+
 
 @dataclass(frozen=True)
 class SegmentJob:
@@ -35,9 +38,14 @@ class SegmentJob:
     states: Mapping[str, ClassState]
     out: Path
     overlays: bool
+    boost: GsmOptions | None = None
 
     def open(self, threads: int) -> Work:
         system = load(self.artifact, self.runtime, threads=threads)
+        if self.boost:
+            from fssdeploy.glue.gsm.hosts import gsm  # brings SciPy, which others do without
+
+            system = cast(StagedSystem, gsm(system, self.boost))  # the same three verbs
         return partial(self._finish, system)
 
     def _finish(self, system: StagedSystem, item: Item) -> dict[str, Any]:
@@ -50,7 +58,7 @@ class SegmentJob:
             raise UnusableItemError(error) from error
         except OSError as error:  # while reading
             raise UnusableItemError(storage_error(error, file)) from error
-        segmented = annotate.segment_picture(system, self.states, picture)
+        segmented = annotate.segment_picture(system, self.states, picture, boosted=self.boost is not None)
         written = annotate.write_picture(self.out, item["stem"], segmented, self.overlays)
         _flush(self.out, _names(written))
         coco: dict[str, Any] = {"images": [], "annotations": []}
@@ -61,6 +69,8 @@ class SegmentJob:
             for name, found in told["classes"].items()
         }
         facts = {"sha256": hashlib.sha256(data).hexdigest(), "size": told["size"], "outputs": written}
+        if segmented.skipped:
+            facts["skipped"] = segmented.skipped
         return {"facts": {**facts, "classes": classes}, "record": coco}
 
 
@@ -73,6 +83,7 @@ def segment_batch(
     means: Means,
     *,
     overlays: bool = True,
+    boost: GsmOptions | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Report, InputError | None]:
     """Segment pictures into `out` as `fssdeploy.annotate.annotate_files` does, each once, in the order of their paths.
@@ -91,13 +102,15 @@ def segment_batch(
         "runtime": runtime,
         "classes": {name: hashlib.sha256(encode_state(state)).hexdigest() for name, state in states.items()},
         "overlays": overlays,
+        **({"boost": boost.to_dict()} if boost else {}),
     }
     out = Path(os.path.abspath(out))
-    job = SegmentJob(Path(os.path.abspath(artifact.path)), runtime, states, out, overlays)
+    job = SegmentJob(Path(os.path.abspath(artifact.path)), runtime, states, out, overlays, boost)
     info = {
         "description": "fssdeploy segment",
         "artifact": artifact.fingerprint,
         "weights": artifact.weights_note or "trained",
+        **({"boost": {"name": "gsm", **boost.to_dict()}} if boost else {}),
     }
 
     def collect(outcome: Outcome) -> None:

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from fssdeploy.cli.common import BankDir, Json, Runtime, emit, emit_failed, progress_lines
+from fssdeploy.cli.common import (
+    BankDir,
+    Boost,
+    BoostSet,
+    Json,
+    Runtime,
+    boost_options,
+    emit,
+    emit_failed,
+    progress_lines,
+)
 from fssdeploy.cli.evaluate import (
     DataDir,
     DatasetName,
@@ -50,6 +60,8 @@ def batch_segment(
         list[str] | None, typer.Option("--class", help="NAME[,NAME2...], from the bank; default: all. May be repeated.")
     ] = None,
     overlays: Annotated[bool, typer.Option(help="Write an overlay for each picture.")] = True,
+    boost: Boost = None,
+    boost_set: BoostSet = None,
     workers: Workers = None,
     threads: Threads = None,
     shard: ShardOption = "1/1",
@@ -64,12 +76,20 @@ def batch_segment(
     from fssdeploy.images.pictures import find_pictures
 
     means = Means.choose(workers, threads, shard, backend)
+    options = boost_options(boost, boost_set)
     opened = Artifact.open(artifact)
     files = find_pictures(pictures)
     with progress_lines(as_json) as progress:
         progress("loading")
-        states = enrolled(bank, load(artifact, runtime, threads=means.threads), classes)
-        report, error = segment_batch(opened, runtime, states, files, out, means, overlays=overlays, progress=progress)
+        system = load(artifact, runtime, threads=means.threads)
+        if options:
+            from fssdeploy.glue.gsm.hosts import gsm
+
+            gsm(system, options)  # whether it can be boosted is better known before the workers start
+        states = enrolled(bank, system, classes)
+        report, error = segment_batch(
+            opened, runtime, states, files, out, means, overlays=overlays, boost=options, progress=progress
+        )
     _finish(report, error, as_json)
 
 
@@ -86,6 +106,8 @@ def batch_evaluate(
     seed: Seed = None,
     list_file: ListFile = None,
     space: Space = "original",
+    boost: Boost = None,
+    boost_set: BoostSet = None,
     workers: Workers = None,
     threads: Threads = None,
     shard: ShardOption = "1/1",
@@ -102,11 +124,14 @@ def batch_evaluate(
     means = Means.choose(workers, threads, shard, backend)
     engine = chosen_runtime(runtime, artifact)
     check_space(space)
+    options = boost_options(boost, boost_set)
     opened = open_dataset(dataset, data_dir)
     lists = chosen_lists(opened, list_file, fold, shot, episodes, seed)
     with progress_lines(as_json) as progress:
         progress("loading")
         subject = from_artifact(system, artifact, engine, means.threads)
+        if options:
+            subject = subject.boosted(options)
         run = Run(subject, opened, lists, on_canvas=space == "canvas", out=out, progress=progress)
         report, error = evaluate_batch(run, artifact, data_dir, out, means)
     _finish(report, error, as_json)

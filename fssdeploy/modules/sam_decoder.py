@@ -8,7 +8,7 @@ one mask (token 0) per prompt set and nothing else, which is all that FS-DINO su
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,9 +92,9 @@ class MaskDecoder(nn.Module):
 
         embedding and dense (B, dim, g, g); position (1, g*g, dim); sparse (B, prompts, dim).
         """
-        queries, upscaled = self._exchange(embedding, position, sparse, dense)
+        queries, picture = self._exchange(embedding, position, sparse, dense)
         weights = self.output_hypernetworks_mlps[0](queries[:, 1])
-        return (weights.unsqueeze(1) @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return self._masks(picture, weights.unsqueeze(1), embedding.shape[-2:])
 
     def predict(
         self,
@@ -113,10 +113,10 @@ class MaskDecoder(nn.Module):
         The shapes of the arguments are those of `forward`; embedding and dense may have batch 1 and then serve every
         prompt set. Prompts where `absent` (B, prompts) is true take no part, as if they had not been given.
         """
-        queries, upscaled = self._exchange(embedding, position, sparse, dense, absent, guidance)
+        queries, picture = self._exchange(embedding, position, sparse, dense, absent, guidance)
         heads = list(enumerate(self.output_hypernetworks_mlps, 1))[wanted]
         weights = torch.stack([mlp(queries[:, token]) for token, mlp in heads], 1)
-        logits = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        logits = self._masks(picture, weights, embedding.shape[-2:])
         return logits, self.iou_prediction_head(queries[:, 0])[:, wanted]
 
     def _exchange(
@@ -128,21 +128,41 @@ class MaskDecoder(nn.Module):
         absent: torch.Tensor | None = None,
         guidance: Guidance | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, 1 + masks + prompts, dim) and up-scaled picture (B, dim/8, 4g, 4g) after the transformer."""
-        rows, columns = embedding.shape[-2:]
+        """Tokens (B, 1 + masks + prompts, dim) and picture (B, g*g, dim) after the transformer."""
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat([own.unsqueeze(0).expand(sparse.shape[0], -1, -1), sparse], 1)
         if embedding.shape[0] == dense.shape[0]:
-            picture = (embedding + dense).flatten(2).transpose(1, 2)
+            picture = (embedding + dense).flatten(2).transpose(1, 2).contiguous()  # else every sum copies it
         else:  # OpenVINO would make the sum a part of the convolution before it, which takes no row for several
-            picture = embedding.flatten(2).transpose(1, 2) + dense.flatten(2).transpose(1, 2)
+            picture = (embedding.flatten(2).transpose(1, 2) + dense.flatten(2).transpose(1, 2)).contiguous()
         key_bias = None
         if absent is not None:
             # Of finite size, so that no score can become NaN; its exponential is zero all the same.
             left_out = torch.finfo(tokens.dtype).min * absent.to(tokens.dtype)
             key_bias = F.pad(left_out, (own.shape[0], 0))[:, None, None]
-        queries, picture = self.transformer(picture, position, tokens, key_bias, guidance)
-        return queries, self.output_upscaling(picture.transpose(1, 2).unflatten(2, (rows, columns)))
+        return self.transformer(picture, position, tokens, key_bias, guidance)
+
+    def _masks(self, picture: torch.Tensor, weights: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        """Logits (B, M, 4 rows, 4 columns): `output_upscaling` of a picture (B, rows * columns, dim), times `weights`
+        (B, M, dim / 8).
+
+        Transposed convolutions whose stride is their size see one cell each, so they are products with the channels
+        last; only the finished masks are laid out as pictures.
+        """
+        first, norm, activation, second, _ = self.output_upscaling
+        quarters = activation(
+            F.layer_norm(_spread(picture, first), norm.weight.shape, norm.weight, norm.bias, norm.eps)
+        )
+        sixteenths = activation(_spread(quarters, second))  # (B, cells, 2, 2, 2, 2, dim / 8)
+        masks = (sixteenths.flatten(1, 5) @ weights.transpose(1, 2)).unflatten(1, (*grid, 2, 2, 2, 2))
+        # From row, column, then by twos down, across, down, across, to rows and columns.
+        return masks.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5, 7).flatten(2, 4)
+
+
+def _spread(x: torch.Tensor, convolution: nn.ConvTranspose2d) -> torch.Tensor:
+    """A transposed convolution of size and stride 2 on channels-last x (..., c): (..., 2, 2, out), down and across."""
+    weight = convolution.weight.permute(2, 3, 1, 0)
+    return F.linear(x, weight.flatten(0, 2), convolution.bias.repeat(4)).unflatten(-1, weight.shape[:3])
 
 
 class TwoWayTransformer(nn.Module):
@@ -171,7 +191,7 @@ class TwoWayTransformer(nn.Module):
             if not layer.first:
                 queries = queries + offset
             queries, keys = layer(queries, keys, tokens, position, key_bias, attention_bias)
-        attended = self.final_attn_token_to_image(queries + tokens + offset, keys + position, keys)
+        attended = self.final_attn_token_to_image.of_picture(queries + tokens + offset, keys + position, keys)
         return self.norm_final_attn(queries + attended), keys
 
 
@@ -206,14 +226,15 @@ class TwoWayBlock(nn.Module):
             coded = queries + query_code
             queries = queries + self.self_attn(coded, coded, queries, key_bias)
         queries = self.norm1(queries)
+        coded_keys = keys + key_code
         attend = self.cross_attn_token_to_image
         if attention_bias is None:
-            attended = attend(queries + query_code, keys + key_code, keys)
+            attended = attend.of_picture(queries + query_code, coded_keys, keys)
         else:
-            attended = attend.guided(queries + query_code, keys + key_code, keys, attention_bias)
+            attended = attend.guided(queries + query_code, coded_keys, keys, attention_bias)
         queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
-        attended = self.cross_attn_image_to_token(keys + key_code, queries + query_code, queries, key_bias)
+        attended = self.cross_attn_image_to_token.of_tokens(coded_keys, queries + query_code, queries, key_bias)
         return queries, self.norm4(keys + attended)
 
 
@@ -232,6 +253,50 @@ class Attention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return self.out_proj(multihead_attention(self.q_proj(q), self.k_proj(k), self.v_proj(v), self.heads, bias))
+
+    def of_picture(self, tokens: torch.Tensor, coded: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T, dim) attend to a picture (B, N, dim), `coded` with positions: `self(tokens, coded, picture)`.
+
+        Projections of the picture are moved to the tokens, of which there are few: with T heads < inner / 2 that saves
+        arithmetic. It is exact: linear maps re-associate, a score that all cells share has no effect under the softmax,
+        and the weights of a token sum to 1. A picture that serves every prompt (batch 1) is projected once instead; so
+        is any in training, where no parameter may drop out (data parallelism waits for the gradients of all).
+        """
+        if picture.shape[0] == 1 or self.training:
+            return self(tokens, coded, picture)
+        queries = split_heads(self.q_proj(tokens), self.heads)
+        queries = queries * queries.shape[-1] ** -0.5 @ self._by_head(self.k_proj.weight)
+        weights = (queries.flatten(1, 2) @ coded.transpose(1, 2)).softmax(-1)
+        mixed = (weights @ picture).unflatten(1, (self.heads, -1))
+        values = mixed @ self._by_head(self.v_proj.weight).transpose(1, 2)
+        return self.out_proj(join_heads(values + self.v_proj.bias.view(self.heads, 1, -1)))
+
+    def of_tokens(
+        self, coded: torch.Tensor, token_keys: torch.Tensor, tokens: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The picture (B, N, dim) attends to tokens (B, T, dim): `self(coded, token_keys, tokens, bias)`.
+
+        As in `of_picture`, the tokens take over the projection of the result and, where every prompt has a picture of
+        its own, that of the picture.
+        """
+        keys = split_heads(self.k_proj(token_keys), self.heads)
+        keys = keys * keys.shape[-1] ** -0.5
+        if coded.shape[0] == 1:
+            scores = keys @ split_heads(self.q_proj(coded), self.heads).transpose(2, 3)
+        else:
+            folded = (keys @ self._by_head(self.q_proj.weight)).flatten(1, 2) @ coded.transpose(1, 2)
+            scores = folded.unflatten(1, (self.heads, -1)) + keys @ self.q_proj.bias.view(self.heads, -1, 1)
+        if bias is not None:
+            scores = scores + bias.transpose(2, 3)
+        weights = scores.softmax(2).flatten(1, 2)
+        values = split_heads(self.v_proj(tokens), self.heads) @ self._by_head(self.out_proj.weight.T)
+        # The weights of every head sum to 1: each brings its share of the bias along.
+        values = values + self.out_proj.bias / self.heads
+        return weights.transpose(1, 2) @ values.flatten(1, 2)
+
+    def _by_head(self, weight: torch.Tensor) -> torch.Tensor:
+        """A matrix (inner, dim) as (heads, inner / heads, dim)."""
+        return weight.unflatten(0, (self.heads, -1))
 
     def guided(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """PerSAM's attention: `bias` joins the weights, not the scores, and a second softmax follows."""

@@ -13,6 +13,8 @@ from PIL import Image
 
 from fssdeploy import data, shipped
 from fssdeploy.artifact import load
+from fssdeploy.batch import run as batch_run
+from fssdeploy.batch.worker import Setup, Worker
 from fssdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from fssdeploy.evaluation.predictors import CachedEncoder, StagedPredictor
 from fssdeploy.export.artifact import ExportRequest, export_artifact
@@ -241,3 +243,46 @@ def test_a_picture_goes_through_both_encoders_once(monkeypatch: pytest.MonkeyPat
     boosted.predict([(first, mask == 1), (query, mask == 1)], second, "red")
     boosted.predict(supports, query, "red")
     assert (ran["encoder"], ran["sam_encoder"]) == (3, 2)
+
+
+def test_a_boosted_batch_writes_the_masks_of_segment(workplace: Workplace, tmp_path: Path) -> None:
+    bank, artifact = tmp_path / "bank", "artifacts/gfsam-tiny"
+    given = ["--image", workplace.first, "--mask", workplace.mask, "--bank", bank]
+    assert fssdeploy("enroll", artifact, "disc", *given).code == 0
+    boost = ["--bank", bank, "--boost", "gsm", "--boost-set", "regions=3", "--threads", 1]
+    pictures = [workplace.first, workplace.second]
+    assert fssdeploy("segment", artifact, *pictures, *boost, "-o", tmp_path / "one").code == 0
+    batch = ["batch", "segment", *pictures, "--artifact", artifact, "--workers", 1, "-o", tmp_path / "many"]
+    answer = fssdeploy(*batch, *boost, "--json")
+    assert answer.code == 0, answer.err
+    for name in ("first.disc.png", "second.disc.png"):
+        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    told = [json.loads((tmp_path / out / "masks.json").read_text())["info"]["boost"] for out in ("one", "many")]
+    assert told[0] == told[1] and told[1]["regions"] == 3
+    other = [*batch, "--bank", bank, "--boost", "gsm", "--threads", 1]
+    assert fssdeploy(*other).code == 3  # its directory holds the masks of another boost
+
+
+def test_a_batch_of_a_system_that_cannot_be_boosted(workplace: Workplace, tmp_path: Path) -> None:
+    arguments = ["--artifact", workplace.artifact, "--bank", tmp_path / "bank", "-o", tmp_path / "out"]
+    answer = fssdeploy("batch", "segment", workplace.first, *arguments, "--boost", "gsm")
+    assert "gfsam or matcher" in answer.check_refused("boost_unsupported", 3)
+
+
+def in_this_process(setup: Setup, items: Any, workers: int, finished: Any) -> None:
+    worker = Worker(setup, setup.journal_path())
+    for item in items:
+        finished(worker.finish(item))
+
+
+@pytest.mark.usefixtures("squares")
+def test_a_boosted_batch_evaluates_as_evaluate_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(batch_run.BACKENDS, "local", in_this_process)  # which knows the data set
+    fixed = ["gfsam", "--dataset", "squares", "--fold", 0, "--shot", 2, "--episodes", 3, "--threads", 1]
+    boost = ["--artifact", "artifacts/gfsam-tiny", "--boost", "gsm", "--boost-set", "regions=4", "--json"]
+    alone = fssdeploy("evaluate", *fixed, *boost).json
+    shared = fssdeploy("batch", "evaluate", *fixed, *boost, "--workers", 1, "-o", tmp_path).json
+    assert shared["miou"] == alone["miou"]
+    assert (
+        shared["system"]["fingerprint"] == alone["system"]["fingerprint"] and shared["system"]["boost"]["regions"] == 4
+    )

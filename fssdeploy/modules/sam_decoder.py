@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +149,9 @@ class MaskDecoder(nn.Module):
         Transposed convolutions whose stride is their size see one cell each, so they are products with the channels
         last; only the finished masks are laid out as pictures.
         """
-        first, norm, activation, second, _ = self.output_upscaling
+        first, norm, activation, second, _ = cast(
+            tuple[nn.ConvTranspose2d, LayerNorm2d, nn.GELU, nn.ConvTranspose2d, nn.GELU], tuple(self.output_upscaling)
+        )
         quarters = activation(
             F.layer_norm(_spread(picture, first), norm.weight.shape, norm.weight, norm.bias, norm.eps)
         )
@@ -161,8 +163,8 @@ class MaskDecoder(nn.Module):
 
 def _spread(x: torch.Tensor, convolution: nn.ConvTranspose2d) -> torch.Tensor:
     """A transposed convolution of size and stride 2 on channels-last x (..., c): (..., 2, 2, out), down and across."""
-    weight = convolution.weight.permute(2, 3, 1, 0)
-    return F.linear(x, weight.flatten(0, 2), convolution.bias.repeat(4)).unflatten(-1, weight.shape[:3])
+    weight, bias = convolution.weight.permute(2, 3, 1, 0), cast(torch.Tensor, convolution.bias)
+    return F.linear(x, weight.flatten(0, 2), bias.repeat(4)).unflatten(-1, weight.shape[:3])
 
 
 class TwoWayTransformer(nn.Module):

@@ -14,11 +14,11 @@ STAMP := .venv/ready
 export TORCH_BUILD TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help setup server serving demo test lint typecheck contracts tree unit slow bench weights clean
+.PHONY: help setup server serving demo test lint typecheck contracts tree unit slow aot native bench weights clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "settings: PYTHON=python3 (for .venv), TORCH_BUILD=cpu|cuda, TORCH_INDEX=URL, PRESET, WEIGHTS, WORKERS, NO_SERVER=1"
+	@echo "settings: PYTHON=python3 (for .venv), TORCH_BUILD=cpu|cuda, TORCH_INDEX=URL, PRESET, WEIGHTS, WORKERS, NO_SERVER=1, CMAKE_FLAGS"
 
 setup: ## make .venv with the fssdeploy command, for export, training, OpenVINO, serving and tests
 	@rm -f $(STAMP)
@@ -63,8 +63,17 @@ unit: $(STAMP) ## the tests alone (WORKERS=2 processes); with the real server wh
 slow: $(STAMP) ## full-size networks and long runs as well
 	$(BIN)/pytest -q -m ""
 
-bench: $(STAMP) ## time the stages, against the last saved run
-	$(BIN)/pytest -q benchmarks/test_stages.py --benchmark-only --benchmark-autosave --benchmark-storage=.benchmarks \
+aot: $(STAMP) ## compile the GPU kernels for all architectures with every supported Triton, and check them
+	$(BIN)/python tools/aot.py
+
+native: $(STAMP) ## build and test the compiled parts that this machine has the means for (CMAKE_FLAGS=-D...)
+	cmake -S . -B build/native $(CMAKE_FLAGS)
+	cmake --build build/native --parallel $(WORKERS)
+	ctest --test-dir build/native --output-on-failure
+
+bench: $(STAMP) ## time the stages and the operations, against the last saved run
+	$(BIN)/pytest -q benchmarks/test_stages.py benchmarks/test_operations.py \
+		--benchmark-only --benchmark-autosave --benchmark-storage=.benchmarks \
 		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
 
 weights: $(STAMP) ## train the shipped weights anew, with their figures (WORK=runs/tiny; continues)

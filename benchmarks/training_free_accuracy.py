@@ -3,7 +3,8 @@
     python -m fssdeploy.benchmarks.training_free_accuracy ARTIFACT... [--episodes 1000] [--shots 1,5] [--work DIR]
 
 All rows of a host share its encoders, its maps and its first answer, so that they cost little more than the host. Each
-pair of artifact and shot runs in a process of its own and continues what was broken off in --work.
+pair of artifact and shot runs in a process of its own and continues what was broken off in --work; pairs that the
+result file has already and that are not measured again stay in it.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def measure(artifact: Path, shot: int, episodes: int, work: Path, pictures: Path
             found[row.name]["against host"] = compare(records, row.name, HOST_ROW, SEED).to_dict()
     if shot == 1 and len(rows) > 1:
         found |= {name: {"same masks as": other} for name, other in SAME_AT_ONE_SHOT.items()}
-    return {"system": system.name, "shot": shot, "fingerprint": system.fingerprint, "rows": found}
+    measured = {"system": system.name, "shot": shot, "episodes": len(records), "fingerprint": system.fingerprint}
+    return {**measured, "rows": found}
 
 
 def lines(result: Mapping[str, Any]) -> list[str]:
@@ -130,7 +132,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
     shown = []
     for part in result["results"]:
         for name, row in part["rows"].items():
-            head = f"{part['system']:8} {part['shot']}-shot {name}"
+            head = f"{part['system']:12} {part['shot']}-shot, {part['episodes']} episodes, {name}"
             if "miou" not in row:
                 shown.append(f"{head}: as {row['same masks as']}")
                 continue
@@ -141,6 +143,10 @@ def lines(result: Mapping[str, Any]) -> list[str]:
                 text += f", {gain['difference']:+.2f} ({low:+.2f} to {high:+.2f}), p {gain['p_value']:.3f}"
             shown.append(text)
     return shown
+
+
+def _place(part: Mapping[str, Any]) -> tuple[str, int]:
+    return part["system"], part["shot"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,13 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         futures = [
             pool.submit(measure, artifact, shot, given.episodes, given.work, given.pictures) for shot, artifact in tasks
         ]
-        results = sorted((each.result() for each in futures), key=lambda part: (part["system"], part["shot"]))
+        results = {_place(part): part for part in (each.result() for each in futures)}
+    if given.out.exists():
+        results = {_place(part): part for part in json.loads(given.out.read_text())["results"]} | results
     result = {
-        "command": "python -m fssdeploy.benchmarks.training_free_accuracy "
-        + " ".join(f"artifacts/{artifact.name}" for artifact in given.artifacts),
+        "command": "python -m fssdeploy.benchmarks.training_free_accuracy artifacts/SYSTEM-tiny [--episodes N]",
         "machine": describe_machine(),
-        "protocol": {"dataset": "shapes-5i", "fold": FOLD, "episodes": given.episodes, "seed": SEED},
-        "results": results,
+        "protocol": {"dataset": "shapes-5i", "fold": FOLD, "seed": SEED},
+        "results": [results[place] for place in sorted(results)],
     }
     print("\n".join(lines(result)))
     write_atomic(given.out, (json.dumps(result, indent=1) + "\n").encode())

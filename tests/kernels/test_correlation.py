@@ -154,7 +154,7 @@ def test_small_weights_overflow_no_gradient() -> None:
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = torch.autograd.grad(correlation.hypercorrelation(*exact).sum(), exact)
     assert found[1].isfinite().all()  # that of the weights themselves is beyond float16 in truth
-    torch.testing.assert_close(found[1].double(), expected[1], rtol=0.05, atol=1)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=0.05, atol=5)
 
 
 class LargestTensor(TorchDispatchMode):

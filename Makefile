@@ -77,7 +77,7 @@ bench: $(STAMP) ## time the stages and the operations, against the last saved ru
 		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
 
 weights: $(STAMP) ## train the shipped weights anew, with their figures (WORK=runs/tiny; continues)
-	$(BIN)/python tools/train_tiny.py --work $(WORK) --ablation
+	$(BIN)/python tools/train_tiny.py --work $(WORK) --ablation --prompted
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist demo_out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

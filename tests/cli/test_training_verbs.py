@@ -99,6 +99,26 @@ def test_a_finished_run_says_so_again(chain: tuple[Path, dict[str, Answer]]) -> 
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_a_sam_continues_another_with_every_mask_taught(chain: tuple[Path, dict[str, Answer]], tmp_path: Path) -> None:
+    """Two steps change the heads of the three masks wherever the first prompt was a box, too."""
+    runs, _ = chain
+    begin = read_checkpoint(runs / "sam/sam.safetensors")
+    arguments = ["--pictures", 6, "--phases", "2x1x208", "--weights", begin.file, *QUICK]
+    found = {}
+    for name, flags in (("every", ["--every-mask"]), ("usual", [])):
+        answer = fssdeploy("pretrain", "sam", *arguments, *flags, "--out", tmp_path / name)
+        assert answer.code == 0, answer.err
+        found[name] = read_checkpoint(tmp_path / name / "sam.safetensors")
+    settings = json.loads(found["every"].metadata["settings"])
+    assert settings["every_mask"] is True and settings["weights"] == begin.sha256
+    single = "mask_decoder.output_hypernetworks_mlps.0.layers.2.weight"
+    for each in found.values():
+        assert not torch.equal(each.tensors[single], begin.tensors[single])
+        near = (each.tensors[single] - begin.tensors[single]).abs().max()
+        assert near < 0.1  # it began there, and not at random
+    assert found["every"].metadata["settings"] != found["usual"].metadata["settings"]
+
+
 def test_text_for_people(tmp_path: Path) -> None:
     arguments = [each for each in QUICK if each != "--json"]
     answer = fssdeploy("pretrain", "dino", "--pictures", 3, "--phases", "1x1x28", "--out", tmp_path / "run", *arguments)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from fssdeploy.glue.affinity import AFFINITY
+from fssdeploy.glue.gfsam.maps import unit
 from fssdeploy.protocol import StageSpec
 from fssdeploy.systems.gfsam import GFSamConfig
 
@@ -81,7 +83,7 @@ def blob_scene(config: GFSamConfig, seed: int) -> Scene:
 
 
 class BlobEngine:
-    """Stands for SAM's decoder alone: answers every point with its blob of a scene."""
+    """Stands for SAM's decoder, which answers every point with its blob of a scene; affinities are NumPy's."""
 
     name = "blobs"
 
@@ -90,6 +92,8 @@ class BlobEngine:
         self.specs = dict(specs)
 
     def run(self, stage: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if stage == AFFINITY:
+            return {"cosine": inputs["rows"] @ unit(inputs["features"][0]).T}
         logits = self.scene.logits(inputs["points"][:, 0])
         return {"mask_logits": logits, "iou": np.ones((len(logits), 1), np.float32)}
 

@@ -55,7 +55,7 @@ SECTIONS = (CANVAS, MATCHING, EMBEDDING, MAPS, DECODER, ENLARGED, GATES, UNION, 
 ENCODERS = (MATCHING, EMBEDDING)
 # What GSM does after the host's own pass, its sections together.
 ADDED = "added by gsm"
-STAGE_SECTIONS = {"encoder": MATCHING, "sam_encoder": EMBEDDING, "decoder": DECODER}
+STAGE_SECTIONS = {"encoder": MATCHING, "affinity": MAPS, "sam_encoder": EMBEDDING, "decoder": DECODER}
 # The functions of the glue that stand for sections; what they call counts to the innermost.
 PLACES = (
     (GFSam, "encode", CANVAS),

@@ -106,7 +106,8 @@ def measure(artifact: Path, shot: int, episodes: int, work: Path, pictures: Path
     dataset = ShapesDataset(pictures) if pictures else ShapesDataset()
     drawn = dataset.test_list(FOLD, shot, episodes, SEED)
     rows = predictors(CachedEncoder(system), shot)
-    binding = {"system": system.fingerprint, "shot": shot, "episodes": episodes, "rows": [row.name for row in rows]}
+    # Without the number of episodes: fewer are the first of more, so a journal can be gone on with.
+    binding = {"system": system.fingerprint, "shot": shot, "rows": [row.name for row in rows]}
     work.mkdir(parents=True, exist_ok=True)
     name = f"{system.name}-{shot}"
 

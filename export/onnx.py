@@ -15,6 +15,7 @@ import onnxscript.optimizer
 import torch
 
 from fssdeploy.export.attention import count_attention, expand_attention, fuse_attention
+from fssdeploy.export.operations import inlined, with_functions
 from fssdeploy.protocol import BATCH, StageSpec
 
 OPSET = 18  # LayerNormalization and Resize are single nodes; every consumer reads it (docs/export.md)
@@ -44,10 +45,14 @@ def example_inputs(spec: StageSpec, batch: int) -> tuple[torch.Tensor, ...]:
     return tuple(inputs)
 
 
-def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path, *, precision: str, fuse: bool) -> StageFiles:
+def export_stage(
+    module: torch.nn.Module, spec: StageSpec, folder: Path, *, precision: str, fuse: bool, operation_nodes: bool = False
+) -> StageFiles:
     """Write ``<stage>.onnx``, its weights ``<stage>.onnx.data`` and, with `fuse`, ``<stage>.ort.onnx``.
 
     The weights always stand outside the graph: one layout for every size of network, and both graphs share them.
+    Operations of fssdeploy.kernels are written out in standard operators; with `operation_nodes` each stays a node that
+    carries its body (fssdeploy.export.operations), for engines that have a kernel for it.
     """
     files = StageFiles(f"{spec.name}.onnx", f"{spec.name}.onnx.data", f"{spec.name}.ort.onnx" if fuse else None)
     batch = torch.export.Dim(BATCH, min=1, max=1024)
@@ -71,11 +76,12 @@ def export_stage(module: torch.nn.Module, spec: StageSpec, folder: Path, *, prec
     program.save(str(path), external_data=True)
     traced = onnx.load(str(path), load_external_data=False)
     strip_provenance(traced)
+    spell = with_functions if operation_nodes else inlined
     if files.onnxruntime and count_attention(traced):
-        _save_graph(fuse_attention(traced), folder / files.onnxruntime)
+        _save_graph(spell(fuse_attention(traced)), folder / files.onnxruntime)
     else:
         files = StageFiles(files.portable, files.weights, None)
-    _save_graph(expand_attention(traced), path)
+    _save_graph(spell(expand_attention(traced)), path)
     return files
 
 

@@ -23,6 +23,18 @@ MIN_COVERAGE = 0.1
 CHUNK = 8
 
 
+def require_stage(specs: Mapping[str, StageSpec], stage: str) -> StageSpec:
+    """The contract of a stage. InputError for one that an artifact was exported without."""
+    if stage not in specs:
+        raise InputError(
+            "stage_missing",
+            f"this artifact has no stage '{stage}'",
+            f"it holds {', '.join(specs)}",
+            "Export it with --components all.",
+        )
+    return specs[stage]
+
+
 def run_in_chunks(
     engine: Engine, spec: StageSpec, inputs: Mapping[str, np.ndarray], chunk: int = CHUNK
 ) -> dict[str, np.ndarray]:
@@ -170,7 +182,7 @@ class StagedSystem:
 
     def encode(self, pictures: Sequence[np.ndarray]) -> Features:
         """Features of pictures, each uint8 RGB (height, width, 3) of any size. InputError for anything else."""
-        spec = self._spec("encoder")
+        spec = require_stage(self.specs, "encoder")
         batch, placements = self.preprocessing.fit_pictures(pictures)
         return Features(run_in_chunks(self.engine, spec, {spec.inputs[0].name: batch}), placements, self.fingerprint)
 
@@ -181,7 +193,7 @@ class StagedSystem:
         """
         check_origin(features.fingerprint, self.fingerprint, "features")
         fitted = self.preprocessing.fit_masks(masks, features.placements)
-        spec = self._spec("enroll")
+        spec = require_stage(self.specs, "enroll")
         inputs = self._gather(spec, features.tensors, {"mask": fitted})
         tensors = mean_of_shots(run_in_chunks(self.engine, spec, inputs))
         return ClassState(tensors, len(masks), self.fingerprint)
@@ -189,7 +201,7 @@ class StagedSystem:
     def segment(self, features: Features, states: Mapping[str, ClassState]) -> Masks:
         """Masks of every class in every picture; its cost does not depend on the number of shots behind a state."""
         check_query(features, states, self.fingerprint)
-        spec = self._spec("segment")
+        spec = require_stage(self.specs, "segment")
         masks = Masks(list(states), [], [])
         for index in range(len(features)):
             picture, where = features[index], features.placements[index]
@@ -202,16 +214,6 @@ class StagedSystem:
             masks.logits.append(logits)
             masks.prior.append(priors)
         return masks
-
-    def _spec(self, stage: str) -> StageSpec:
-        if stage not in self.specs:
-            raise InputError(
-                "stage_missing",
-                f"this artifact has no stage '{stage}'",
-                f"it holds {', '.join(self.specs)}",
-                "Export it with --components all.",
-            )
-        return self.specs[stage]
 
     def _gather(self, spec: StageSpec, *sources: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The inputs of a stage, by name, from what the stages before it returned."""

@@ -3,6 +3,7 @@
 Source: Zhang et al., "Bridge the Points: Graph-based Few-shot Segment Anything Semantically" (2024). No training.
 
     encoder      picture -> features of its cells
+    affinity     rows of references, features -> cosines
     sam_encoder  picture -> SAM's embedding
     decoder      points, one a prompt, on an embedding -> the mask of each
 """
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from fssdeploy.errors import InputError
+from fssdeploy.glue.affinity import AFFINITY
 from fssdeploy.modules import sam as sam_sizes
 from fssdeploy.modules.dinov2 import IMAGENET_MEAN, IMAGENET_STD, RELEASED, DinoVisionTransformer, ViTConfig
 from fssdeploy.modules.sam import Sam, SamConfig
 from fssdeploy.protocol import BATCH, StageSpec, TensorSpec
 from fssdeploy.systems import fsdino
+from fssdeploy.systems.affinity_stage import AffinityStage, affinity_spec
 from fssdeploy.systems.sam_stages import (
     DECODER,
     ENCODER,
@@ -124,7 +127,7 @@ def initialise_untrained(model: GFSamNetworks, seed: int) -> None:
 
 
 def specs(config: GFSamConfig) -> dict[str, StageSpec]:
-    """The contracts of the three stages."""
+    """The contracts of the stages, in the order they run."""
     size = config.sam.image_size
     picture = TensorSpec("picture", "uint8", (BATCH, 3, size, size), "RGB, 0..255")
     features = TensorSpec(
@@ -132,6 +135,7 @@ def specs(config: GFSamConfig) -> dict[str, StageSpec]:
     )
     return {
         "encoder": StageSpec("encoder", (picture,), (features,)),
+        AFFINITY: affinity_spec(features),
         ENCODER: encoder_spec(config.sam),
         DECODER: decoder_spec(config.sam, multimask=False, capacity=CAPACITY),
     }
@@ -184,17 +188,18 @@ class EncoderStage(nn.Module):
 
 
 def reference_stages(model: GFSamNetworks) -> dict[str, nn.Module]:
-    """The three stages over the networks themselves, in float32: what exported graphs are compared with."""
+    """The stages over the networks themselves, in float32: what exported graphs are compared with."""
     config = model.config
     return {
         "encoder": EncoderStage(model.encoder, config.sam.image_size, config.image_size, config.antialias),
+        AFFINITY: AffinityStage(),
         ENCODER: ImageEncoderStage(model.sam),
         DECODER: DecoderStage(model.sam, multimask=False, absent=False),
     }
 
 
 def stages(model: GFSamNetworks, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
-    """Exportable copies of the three stages: LayerScale folded, inside in `dtype`, borders in float32."""
+    """Exportable copies of the stages: LayerScale folded, inside in `dtype`, borders in float32."""
     exported = copy.deepcopy(reference_stages(model))
     exported["encoder"].get_submodule("encoder").fold_layer_scale()  # type: ignore[operator]
     return {name: stage.eval().requires_grad_(False).to(dtype) for name, stage in exported.items()}
@@ -202,6 +207,8 @@ def stages(model: GFSamNetworks, dtype: torch.dtype = torch.float32) -> dict[str
 
 def stage_parameters(model: GFSamNetworks, stage: str) -> int:
     """Parameters that end up in the graph of a stage (tables baked in are not counted)."""
+    if stage == AFFINITY:
+        return 0
     if stage == ENCODER:
         return encoder_parameters(model.sam)
     if stage == DECODER:

@@ -4,6 +4,7 @@ Source: Liu et al., "Matcher: Segment Anything with One Shot Using All-Purpose F
 released code.
 
     encoder           picture -> features of its patches, unit length
+    affinity          rows of references, features -> cosines
     sam_encoder       the same canvas, enlarged -> embedding
     decoder_single    points -> one mask       (grid of prompts; options "fss" and "part")
     decoder_multiple  points -> three masks    (options "coco")
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fssdeploy.errors import InputError
+from fssdeploy.glue.affinity import AFFINITY
 from fssdeploy.glue.matcher.options import OPTIONS, MatcherOptions
 from fssdeploy.glue.matcher.system import ENCODER, ENLARGED, MULTIPLE, SAM_ENCODER, SINGLE
 from fssdeploy.modules import sam as sam_sizes
@@ -30,6 +32,7 @@ from fssdeploy.modules.dinov2 import IMAGENET_MEAN, IMAGENET_STD, RELEASED, Dino
 from fssdeploy.modules.sam import Sam, SamConfig
 from fssdeploy.protocol import BATCH, StageSpec, TensorSpec
 from fssdeploy.systems import fsdino
+from fssdeploy.systems.affinity_stage import AffinityStage, affinity_spec
 from fssdeploy.systems.sam_stages import (
     DecoderStage,
     ImageEncoderStage,
@@ -170,6 +173,7 @@ def specs(config: MatcherConfig) -> dict[str, StageSpec]:
     enlarged = dataclasses.replace(sam_encoder.inputs[0], name=ENLARGED)
     return {
         ENCODER: StageSpec(ENCODER, (picture,), (features,)),
+        AFFINITY: affinity_spec(features),
         SAM_ENCODER: dataclasses.replace(sam_encoder, inputs=(enlarged,)),
         SINGLE: decoder_spec(config.sam, False, config.capacity, SINGLE),
         MULTIPLE: decoder_spec(config.sam, True, config.capacity, MULTIPLE),
@@ -193,6 +197,7 @@ def reference_stages(model: MatcherNetworks) -> dict[str, nn.Module]:
     """The stages over the networks themselves, in float32."""
     return {
         ENCODER: FeatureStage(model.encoder, model.config.grid),
+        AFFINITY: AffinityStage(unit=True),
         SAM_ENCODER: ImageEncoderStage(model.sam),
         SINGLE: DecoderStage(model.sam, multimask=False),
         MULTIPLE: DecoderStage(model.sam, multimask=True),
@@ -212,6 +217,8 @@ def stage_parameters(model: MatcherNetworks, stage: str) -> int:
         whole = sum(parameter.numel() for parameter in model.encoder.parameters())
         unused = [model.encoder.mask_token, *model.encoder.norm.parameters()]
         return whole - sum(parameter.numel() for parameter in unused)
+    if stage == AFFINITY:
+        return 0
     if stage == SAM_ENCODER:
         return encoder_parameters(model.sam)
     return decoder_parameters(model.sam, multimask=stage == MULTIPLE)

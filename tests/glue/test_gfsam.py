@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,13 @@ from scipy.sparse.csgraph import connected_components
 
 from fssdeploy.bank.states import decode_state, encode_state
 from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.glue.affinity import AFFINITY
 from fssdeploy.glue.gfsam.gates import Clusters, Grid, cluster, cluster_similarity, overshoot_gate, positive_gate
 from fssdeploy.glue.gfsam.maps import PriorMaps, chosen_cells, prior_maps, prompt_map, reference, unit
 from fssdeploy.glue.gfsam.system import GFSam
 from fssdeploy.modules.sam import SamConfig
 from fssdeploy.protocol import StageSpec, TensorSpec
+from fssdeploy.systems.affinity_stage import affinity_spec
 from fssdeploy.systems.sam_stages import decoder_spec, encoder_spec
 
 CANVAS, CELLS, CHANNELS = 80, 10, 12
@@ -25,6 +27,11 @@ CANVAS, CELLS, CHANNELS = 80, 10, 12
 
 def random_features(seed: int, cells: int = CELLS**2) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(cells, CHANNELS)).astype(np.float32) + 0.5
+
+
+def cosines_to(features: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The affinity stage without an engine."""
+    return lambda rows: rows @ unit(features).T
 
 
 def random_logits(count: int, side: int = 20, seed: int = 0) -> np.ndarray:
@@ -72,7 +79,7 @@ def test_maps_equal_the_form_with_all_pairs_of_cells(full: bool) -> None:
     if not full:
         weights[:, 30:] = 0
     shots = [reference(s, w, 1 - w) for s, w in zip(supports, weights, strict=True)]
-    maps = prior_maps(unit(query), {name: np.concatenate([shot[name] for shot in shots]) for name in shots[0]})
+    maps = prior_maps(cosines_to(query), {name: np.concatenate([shot[name] for shot in shots]) for name in shots[0]})
     for row, (support, weight) in enumerate(zip(supports, weights, strict=True)):
         cosine = support @ query.T / (np.linalg.norm(support, axis=1)[:, None] * np.linalg.norm(query, axis=1) + 1e-7)
         count = len(support)
@@ -86,7 +93,7 @@ def test_maps_equal_the_form_with_all_pairs_of_cells(full: bool) -> None:
 
 def test_no_cell_inside_gives_maps_of_zeros() -> None:
     weights = np.zeros(CELLS**2, np.float32)
-    maps = prior_maps(unit(random_features(0)), reference(random_features(1), weights, 1 - weights))
+    maps = prior_maps(cosines_to(random_features(0)), reference(random_features(1), weights, 1 - weights))
     assert not maps.positive.any()
     assert not maps.peak.any()
     assert not prompt_map(maps.mean()).any()
@@ -176,7 +183,7 @@ def test_similarity_is_the_mean_map_of_the_query_with_itself() -> None:
     features, weights = random_features(1), np.random.default_rng(2).uniform(0, 1, (3, CELLS**2)).astype(np.float32)
     similarity = cluster_similarity(unit(features), unit(features), weights)
     for row, weight in zip(similarity, weights, strict=True):
-        as_support = prior_maps(unit(features), reference(features, weight, 1 - weight)).positive[0]
+        as_support = prior_maps(cosines_to(features), reference(features, weight, 1 - weight)).positive[0]
         np.testing.assert_allclose(row, as_support, rtol=1e-5)
 
 
@@ -192,6 +199,7 @@ class ColourEngine:
         features = TensorSpec("features", "float32", ("batch", CELLS**2, 6))
         self.specs = {
             "encoder": StageSpec("encoder", picture, (features,)),
+            AFFINITY: affinity_spec(features),
             "sam_encoder": encoder_spec(sam),
             "decoder": decoder_spec(sam, multimask=False, capacity=2),
         }
@@ -205,6 +213,8 @@ class ColourEngine:
             cells = inputs["picture"].reshape(rows, 3, CELLS, 8, CELLS, 8).mean((3, 5)).reshape(rows, 3, -1)
             colours = cells.transpose(0, 2, 1).astype(np.float32) / 255
             return {"features": np.concatenate([colours, 1 - colours], -1)}
+        if stage == AFFINITY:
+            return {"cosine": inputs["rows"] @ unit(inputs["features"][0]).T}
         if stage == "sam_encoder":
             return {"embedding": np.zeros((rows, 4, 5, 5), np.float32)}
         y, x = np.mgrid[:20, :20]
@@ -268,6 +278,8 @@ def test_classes_and_calls_share_what_depends_on_the_picture_alone() -> None:
     calls = system.engine.calls  # type: ignore[attr-defined]
     assert [stage for stage, _ in calls].count("sam_encoder") == 1
     assert (both.logits[0]["a"] == both.logits[0]["b"]).all()
+    compared = sum(len(state.tensors[name]) for name in ("positive", "negative", "object"))
+    assert [rows for stage, rows in calls if stage == AFFINITY] == [compared] * 3  # all rows of a class at once
     decoded = [rows for stage, rows in calls if stage == "decoder"]
     assert len(decoded) == 2  # once for both classes, once for the second call
 

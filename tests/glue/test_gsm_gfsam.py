@@ -109,7 +109,8 @@ def test_the_second_pass_asks_sam_about_new_cells_only(host: GFSam, classes: dic
     boosted(host, "F").segment(query, {"three": classes["three"]}, trace)
     assert "second_points_cell" in trace
     first, second = ({tuple(cell) for cell in trace[f"{step}points_cell"].tolist()} for step in ("", "second_"))
-    assert rows == {"sam_encoder": 1, "decoder": len(first | second)}
+    compared = sum(len(classes["three"].tensors[name]) for name in ("positive", "negative", "object"))
+    assert rows == {"affinity": compared, "sam_encoder": 1, "decoder": len(first | second)}
     assert len(first & second) > 0
 
 

@@ -12,6 +12,7 @@ import pytest
 from scipy.optimize import linprog
 
 from fssdeploy.errors import InputError, IntegrityError
+from fssdeploy.glue.affinity import AFFINITY
 from fssdeploy.glue.matcher import candidates as matcher_candidates
 from fssdeploy.glue.matcher import transport as matcher_transport
 from fssdeploy.glue.matcher.assign import box_around, match, patch_centres
@@ -35,6 +36,7 @@ from fssdeploy.glue.sam import FOREGROUND
 from fssdeploy.glue.sam_frame import to_picture
 from fssdeploy.images.geometry import Placement
 from fssdeploy.protocol import BATCH, StageSpec, TensorSpec
+from fssdeploy.systems.affinity_stage import affinity_spec
 
 RNG = np.random.default_rng(5)
 
@@ -91,6 +93,16 @@ def test_more_rows_than_patches_leave_rows_over() -> None:
     found = match(unit_rows(9, 8), np.ones(9, bool), unit_rows(4, 8))
     assert sorted(found.columns.tolist()) == [0, 1, 2, 3]
     assert len(found.rows) == len(found.back) == 4
+
+
+def test_weights_scale_the_rows_of_the_reference() -> None:
+    reference, target, foreground = unit_rows(12, 8), unit_rows(9, 8), np.arange(12) < 5
+    weights = RNG.uniform(0, 3, 12).astype(np.float32)
+    found = match(reference, foreground, target, weights=weights)
+    expected = match(weights[:, None] * reference, foreground, target)
+    for name, values in vars(expected).items():
+        np.testing.assert_allclose(getattr(found, name), values, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert found.columns.tolist() != match(reference, foreground, target).columns.tolist()
 
 
 def test_points_are_centres_of_patches() -> None:
@@ -326,6 +338,7 @@ class ColourEngine:
 
         self.specs = {
             ENCODER: encoder(ENCODER, "picture", CANVAS, tensor("features", "float32", 36, 4)),
+            AFFINITY: affinity_spec(tensor("features", "float32", 36, 4)),
             SAM_ENCODER: encoder(SAM_ENCODER, ENLARGED, SQUARE, tensor("embedding", "float32", 3, LOW, LOW)),
             SINGLE: decoder(SINGLE, 1),
             MULTIPLE: decoder(MULTIPLE, 3),
@@ -341,6 +354,8 @@ class ColourEngine:
             features = np.concatenate([means / 255 - 0.5, np.full((*means.shape[:2], 1), 0.3)], 2)
             features /= np.linalg.norm(features, axis=2, keepdims=True)
             return {"features": features.astype(np.float32)}
+        if stage == AFFINITY:
+            return {"cosine": inputs["rows"] @ inputs["features"][0].T}
         if stage == SAM_ENCODER:
             return {"embedding": cells(inputs[ENLARGED], SQUARE // LOW).astype(np.float32)}
         points, labels, picture = inputs["points"], inputs["labels"], inputs["embedding"][0]

@@ -84,7 +84,12 @@ def test_the_manifest_says_how_to_run_it(artifact: Path) -> None:
         "max_points": 9,
     }
     shapes = {name: [tensor.shape[0] for tensor in spec.inputs] for name, spec in opened.specs.items()}
-    assert shapes == {"encoder": [1], "sam_encoder": [1], "decoder": ["batch", "batch", 1]}
+    assert shapes == {
+        "encoder": [1],
+        "affinity": ["batch", 1],
+        "sam_encoder": [1],
+        "decoder": ["batch", "batch", 1],
+    }
     parity = json.loads((artifact / "parity.json").read_text())
     assert parity["holds"]
     assert parity["masks"]
@@ -179,7 +184,7 @@ def test_sizes_are_those_of_the_paper() -> None:
 
 def test_a_dry_run_lists_the_stages() -> None:
     report = plan(ExportRequest(get_system("gfsam"), "small", SMALL))
-    assert list(report.data["stages"]) == ["encoder", "sam_encoder", "decoder"]
+    assert list(report.data["stages"]) == ["encoder", "affinity", "sam_encoder", "decoder"]
 
 
 def test_parameters_of_stages_are_those_in_their_graphs(artifact: Path) -> None:

@@ -6,7 +6,7 @@ A *reference* is a set of cells with known weights: a support picture and its ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,14 +70,16 @@ def reference(features: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> 
     }
 
 
-def prior_maps(units: np.ndarray, references: Mapping[str, np.ndarray]) -> PriorMaps:
-    """The maps of a query with unit features (N, c), one row for each reference.
+def prior_maps(cosines: Callable[[np.ndarray], np.ndarray], references: Mapping[str, np.ndarray]) -> PriorMaps:
+    """The maps of a query, one row for each reference.
 
-    `references` holds the tensors of `reference`, concatenated over k references.
+    `cosines` gives the products (n, N) of rows (n, c) with the query's unit features; it is asked once. `references`
+    holds the tensors of `reference`, concatenated over k references.
     """
-    ends = np.cumsum(references["object_rows"])
-    peaks = [(units @ rows.T).max(1) for rows in np.split(references["object"], ends[:-1])]
-    return PriorMaps(references["positive"] @ units.T, np.stack(peaks), references["negative"] @ units.T)
+    rows = [references[name] for name in ("positive", "negative", "object")]
+    ends = np.cumsum([len(references["positive"]), len(references["negative"]), *references["object_rows"]])
+    positive, negative, *objects = np.split(cosines(np.concatenate(rows)), ends[:-1])
+    return PriorMaps(positive, np.stack([each.max(0) for each in objects]), negative)
 
 
 def prompt_map(maps: PriorMaps) -> np.ndarray:

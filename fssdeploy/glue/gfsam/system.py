@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fssdeploy.glue.affinity import cosines
 from fssdeploy.glue.gfsam.gates import (
     REJECTED,
     SELECTED,
@@ -153,7 +154,7 @@ class GFSam:
 
     def maps(self, query: Query, state: ClassState, trace: dict[str, np.ndarray] | None = None) -> PriorMaps:
         """The maps of each reference of a class; `PriorMaps.mean` of them, or of more, is what `finish` takes."""
-        maps = prior_maps(query.units, state.tensors)
+        maps = prior_maps(lambda rows: cosines(self.engine, rows, query.features), state.tensors)
         if trace is not None:
             trace["features_query"] = query.features
             names = {"pos_mean": maps.positive, "pos_max": maps.peak, "neg_mean": maps.negative}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fssdeploy.glue.affinity import cosines
 from fssdeploy.glue.gfsam.maps import mean_vectors
 from fssdeploy.glue.gsm.boost import Affinity, Boosted
 from fssdeploy.glue.gsm.system import Answer, Trace
@@ -73,24 +74,24 @@ class MatcherHost:
             mean_vectors(rows, np.stack([weight, 1 - weight])) for rows, weight in zip(shots, inside, strict=True)
         ]
         foreground, background = np.stack(prototypes, 1)
-        positive = foreground @ target.T
+        positive, negative = np.split(cosines(self.system.engine, np.concatenate([foreground, background]), target), 2)
         return Affinity(
             picture=query.picture.tensors["canvas"][0].transpose(1, 2, 0),
             grid=(self.system.side, self.system.side),
             query=target,
             positive=positive,
             peak=positive,  # nothing here reads a largest cosine
-            negative=background @ target.T,
+            negative=negative,
             prototype_fg=foreground,
             prototype_bg=background,
         )
 
     def first(self, query: MatcherQuery, state: ClassState, affinity: Affinity, trace: Trace | None) -> Answer:
-        matches = match(state.tensors["features"], state.tensors["foreground"], query.features)
+        matches = self.system.match(state, query.picture)
         return self._finish(query, matches, affinity.positive.mean(0) - affinity.negative.mean(0), trace)
 
     def second(self, query: MatcherQuery, state: ClassState, boosted: Boosted, trace: Trace | None) -> Answer:
-        matches = match(_weighed(state, query.features, boosted), state.tensors["foreground"], query.features)
+        matches = self.system.match(state, query.picture, _row_weights(state, len(query.features), boosted))
         if boosted.foreground.any():
             own = match_itself(query.features, boosted.foreground, boosted.background)
             matches = replace(matches, patches=np.union1d(matches.patches, own.patches))
@@ -119,11 +120,11 @@ def match_itself(target: np.ndarray, foreground: np.ndarray, background: np.ndar
     return match(np.hstack([target[cells], OWN_PATCH * place[cells]]), foreground[cells], np.hstack([target, place]))
 
 
-def _weighed(state: ClassState, target: np.ndarray, boosted: Boosted) -> np.ndarray:
-    """The rows of a state, those of each shot multiplied as RR says."""
-    inside = state.tensors["foreground"].reshape(-1, len(target))
+def _row_weights(state: ClassState, cells: int, boosted: Boosted) -> np.ndarray:
+    """What RR multiplies the rows of a state by, `cells` of them a shot: float32, one for each."""
+    inside = state.tensors["foreground"].reshape(-1, cells)
     factor_fg, factor_bg = (
         (len(weights) * weights[: len(inside), None]).astype(np.float32)
         for weights in (boosted.weight_fg, boosted.weight_bg)
     )
-    return state.tensors["features"] * np.where(inside, factor_fg, factor_bg).reshape(-1, 1)
+    return np.where(inside, factor_fg, factor_bg).ravel()

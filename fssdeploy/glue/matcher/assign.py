@@ -5,6 +5,7 @@ Source: Liu et al., "Matcher" (2023), section 3.1 (patch-level matching, eq. 3 t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,17 +35,33 @@ class Matches:
     patches: np.ndarray
 
 
-def match(reference: np.ndarray, foreground: np.ndarray, target: np.ndarray) -> Matches:
+def inner_products(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of rows (n, C) with others (m, C): (n, m)."""
+    return rows @ others.T
+
+
+def match(
+    reference: np.ndarray,
+    foreground: np.ndarray,
+    target: np.ndarray,
+    products: Callable[[np.ndarray, np.ndarray], np.ndarray] = inner_products,
+    weights: np.ndarray | None = None,
+) -> Matches:
     """Assign foreground reference rows to patches one-to-one, then those patches back to all reference rows.
 
     reference (M, C) and target (N, C) float32 of unit length, foreground (M,) bool with at least one row. Pairs that do
     not return to the foreground are dropped, unless all would be; of more than 40 the half of greater similarity stays
     (equal ones in the order of their rows). Both assignments maximise the sum of cosines exactly. Only rows and columns
-    that take part are ever multiplied.
+    that take part are ever multiplied, by `products`, a form of `inner_products`; `weights` float32 (M,) then scale the
+    cosines of the reference rows.
     """
-    similarity = reference[foreground] @ target.T
+    similarity = products(reference[foreground], target)
+    if weights is not None:
+        similarity = similarity * weights[foreground, None]
     rows, columns = linear_sum_assignment(similarity, maximize=True)
-    backward = target[columns] @ reference.T
+    backward = products(target[columns], reference)
+    if weights is not None:
+        backward = backward * weights
     pairs, back = linear_sum_assignment(backward, maximize=True)
     if len(pairs) < len(columns):  # a capped reference may have fewer rows than there are pairs
         rows, columns = rows[pairs], columns[pairs]

@@ -10,13 +10,14 @@ released code. Runs on PyTorch stages and on exported graphs alike; never import
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fssdeploy.errors import InputError
+from fssdeploy.glue.affinity import cosines
 from fssdeploy.glue.matcher.assign import Matches, box_around, match, patch_centres
 from fssdeploy.glue.matcher.candidates import (
     Candidates,
@@ -154,7 +155,7 @@ class Matcher:
             grid = self._grid(picture, trace)
             logits, priors = {}, {}
             for name, state in states.items():
-                matches = match(state.tensors["features"], state.tensors["foreground"], picture.tensors["features"][0])
+                matches = self.match(state, picture)
                 logits[name] = unfit(self.finish(picture, grid, matches, trace), picture.placements[0])
                 priors[name] = matches.similarity.max(0).reshape(self.side, self.side)
             masks.logits.append(logits)
@@ -165,6 +166,11 @@ class Matcher:
         """What `finish` needs of pictures: their embeddings. InputError if the options do not fit the decoder."""
         self._check_capacity()
         self._embed(features)
+
+    def match(self, state: ClassState, picture: Features, weights: np.ndarray | None = None) -> Matches:
+        """The assignments of one class in one picture; `weights` float32 (m,) scale the cosines of a state's rows."""
+        tensors, target = state.tensors, picture.tensors["features"][0]
+        return match(tensors["features"], tensors["foreground"], target, partial(cosines, self.engine), weights)
 
     def finish(self, picture: Features, grid: list[Tried], matches: Matches, trace: Trace | None) -> np.ndarray:
         """From matched patches to logits float32 (S, S) on the canvas; `grid` are the masks of the dense grid."""

@@ -16,6 +16,10 @@ class FssError(Exception):
         self.code, self.what, self.why, self.fix = code, what, why, fix
         super().__init__(self.line())
 
+    def __reduce__(self) -> tuple[type[FssError], tuple[str, str, str, str]]:
+        """So that worker processes can hand it over: an exception is else made again from its text alone."""
+        return type(self), (self.code, self.what, self.why, self.fix)
+
     def line(self) -> str:
         """The whole error on one line."""
         text = f"{self.what}: {self.why}" if self.why else self.what

@@ -37,6 +37,8 @@ from fssdeploy.serving.models.prepare import pack
 from fssdeploy.serving.names import ARTIFACT, CONFIG, GRAPH, MODEL_CODE, PLAN, SAMPLES, STAGES, Names
 from fssdeploy.serving.rules import DTYPES
 
+# Rows of a stage with shared inputs: what glue asks at a time for a decoder, and what graphs are exported for at most.
+PROMPTS_AT_A_TIME, MOST_ROWS = 16, 1024
 FORMAT = 1
 FIRST_VERSION = 1
 COMPILED = "__pycache__"  # the server adds to it, so that no manifest lists it
@@ -453,8 +455,11 @@ def plan_command(stage: str, artifact: Artifact, options: Options) -> str:
     command = f"trtexec --onnx={artifact.graph(stage, 'portable').name} --saveEngine={stage}.plan"
     if row_by_row(spec):
         return command
-    for bound, rows in (("min", 1), ("opt", options.max_batch), ("max", options.max_batch)):
-        shapes = (f"{each.name}:{'x'.join(map(str, (rows, *each.shape[1:])))}" for each in spec.inputs)
+    # Of a stage with shared inputs the rows are prompts or references of one picture, whatever the batch of requests.
+    usual, most = (PROMPTS_AT_A_TIME, MOST_ROWS) if spec.shared else (options.max_batch, options.max_batch)
+    free = [each for each in spec.inputs if each.name not in spec.shared]
+    for bound, rows in (("min", 1), ("opt", usual), ("max", most)):
+        shapes = (f"{each.name}:{'x'.join(map(str, (rows, *each.shape[1:])))}" for each in free)
         command += f" --{bound}Shapes={','.join(shapes)}"
     return command
 

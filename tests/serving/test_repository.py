@@ -7,16 +7,26 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 
-from fssdeploy.artifact import MANIFEST
+from fssdeploy.artifact import MANIFEST, Artifact
 from fssdeploy.errors import FssError, InputError, IntegrityError, MachineError
 from fssdeploy.serving import repository as module
 from fssdeploy.serving.configs import Options
 from fssdeploy.serving.names import Names
-from fssdeploy.serving.repository import Repository, pack_strings, read_samples, unpack_strings, write_repository
+from fssdeploy.serving.repository import (
+    Repository,
+    pack_strings,
+    plan_command,
+    read_samples,
+    unpack_strings,
+    write_repository,
+)
+from fssdeploy.systems import gfsam
 from tests.cli.command import fssdeploy
 from tests.serving.grey import CANVAS, write_artifact
 
@@ -209,3 +219,13 @@ def test_the_command_line(artifact: Path, tmp_path: Path) -> None:
     assert answer.code == 0 and "mine_stage_encoder" in answer.out
     assert fssdeploy("repo", "check", out).code == 0
     assert "promote" in fssdeploy("repo", "--help").out
+
+
+def test_plans_of_prompted_stages_leave_shared_inputs_alone() -> None:
+    """They have a fixed shape; rows are the prompts or references of one picture, not requests."""
+    specs = {spec.name: spec for spec in (gfsam.specs(gfsam.PRESETS["tiny"])[name] for name in ("decoder", "affinity"))}
+    artifact = cast(Artifact, SimpleNamespace(specs=specs, graph=lambda stage, kind: Path(f"{stage}.onnx")))
+    for stage, free, shared in (("decoder", "points:1x2x2", "embedding"), ("affinity", "rows:1x128", "features")):
+        command = plan_command(stage, artifact, Options("tensorrt", max_batch=4, device="gpu"))
+        assert f"--minShapes={free}" in command and shared not in command
+        assert f"--maxShapes={free.replace(':1x', ':1024x')}" in command

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 
+from fssdeploy.benchmarks.baselines.sam_decoder import decode as decode_prompts
 from fssdeploy.benchmarks.stopwatch import Stopwatch
 from fssdeploy.images.geometry import fit_picture, place
 from fssdeploy.modules.dinov2 import IMAGENET_MEAN, IMAGENET_STD
@@ -60,8 +61,8 @@ def segment_pictures(
         embedding = model.sam.encode(query.mul(255).byte()[None])
 
     def decode(points: torch.Tensor) -> torch.Tensor:
-        prompts = points[None, :, None].float()
-        return model.sam.decode(embedding, prompts, torch.ones(prompts.shape[:3], dtype=torch.int64))[0][0]
+        prompts = points[:, None].float()
+        return decode_prompts(model.sam, embedding, prompts, torch.ones(prompts.shape[:2], dtype=torch.int64))[:, :1]
 
     return segment_features(config, query_features, support_features, objects, decode, watch)
 

@@ -136,7 +136,8 @@ def test_a_hidden_parameter_in_use_is_found(image: shipping.Image) -> None:
 
 def test_text_for_one_architecture_alone_is_not_portable() -> None:
     image = gate.compile_image(examples.HOLDS, HOPPER)
-    resources = replace(inspection.inspect(image.cubin), instructions={"HMMA": 1, "copies": 1, "spills": 0})
+    found_in_it = inspection.inspect(image.cubin)
+    resources = replace(found_in_it, instructions={**found_in_it.instructions, "HMMA": 1, "copies": 1, "spills": 0})
     target = replace(PORTABLE, architecture=90)
     kernel = replace(examples.HOLDS, exceptions={90: ""})
     (found,) = gate.image_failures(kernel, target, image, resources)

@@ -287,8 +287,7 @@ def listening(*answers: bytes | None) -> Iterator[tuple[str, list[bytes]]]:
 
 def http_answer(body: dict[str, Any], status: str = "200 OK") -> bytes:
     data = json.dumps(body).encode()
-    # One request a connection, and said so: a client that kept it could meet its end in the middle of the next request.
-    return f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 JSON_ENROLLED = http_answer(
@@ -385,12 +384,9 @@ def test_an_answer_that_comes_in_drops_does_not_outlive_the_deadline() -> None:
 
 
 def test_an_answer_that_is_none_of_ours() -> None:
-    with listening(
-        b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\nContent-Length: 5\r\n\r\n<hey>", http_answer({"outputs": []})
-    ) as (
-        url,
-        _,
-    ):
+    # It says that it closes: a client that kept the connection could meet its end in the middle of the next request.
+    gateway = b"HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\nContent-Length: 5\r\n\r\n<hey>"
+    with listening(gateway, http_answer({"outputs": []})) as (url, _):
         client = Client(url, "s", retries=0)
         assert "<hey>" in refused("server_failed", MachineError, lambda: client.segment(PICTURE)).line()
         refused("server_failed", MachineError, lambda: client.enroll("a", [PICTURE], [MASK]))

@@ -18,10 +18,11 @@ from fssdeploy import data
 from fssdeploy.batch import run as batch_run
 from fssdeploy.batch.journal import Journal
 from fssdeploy.batch.local import _Crew
-from fssdeploy.batch.worker import Setup, Worker, failure
+from fssdeploy.batch.worker import Setup, failure
 from fssdeploy.cli.app import app
 from fssdeploy.cli.batch import batch_app
 from fssdeploy.errors import MachineError
+from tests.batch.jobs import in_process
 from tests.cli.command import Answer, fssdeploy
 from tests.evaluation.squares import Clip, Squares
 
@@ -43,9 +44,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def process(setup: Setup, items: Any, workers: int, finished: Any) -> None:
         dealt.append(len(items))
-        worker = Worker(setup, setup.journal_path())
-        for item in items:
-            finished(worker.finish(item))
+        in_process(setup, items, workers, finished)
 
     monkeypatch.setitem(batch_run.BACKENDS, "local", process)
     return dealt

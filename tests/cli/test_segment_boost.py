@@ -14,7 +14,6 @@ from PIL import Image
 from fssdeploy import data, shipped
 from fssdeploy.artifact import load
 from fssdeploy.batch import run as batch_run
-from fssdeploy.batch.worker import Setup, Worker
 from fssdeploy.engines.onnxruntime import OnnxRuntimeEngine
 from fssdeploy.evaluation.predictors import CachedEncoder, StagedPredictor
 from fssdeploy.export.artifact import ExportRequest, export_artifact
@@ -28,6 +27,7 @@ from fssdeploy.modules.dinov2 import ViTConfig
 from fssdeploy.modules.sam import SamConfig
 from fssdeploy.systems import get_system, gfsam
 from fssdeploy.weights.gfsam import fill
+from tests.batch.jobs import in_process
 from tests.cli.command import Answer, fssdeploy
 from tests.evaluation.squares import Squares
 
@@ -269,15 +269,9 @@ def test_a_batch_of_a_system_that_cannot_be_boosted(workplace: Workplace, tmp_pa
     assert "gfsam or matcher" in answer.check_refused("boost_unsupported", 3)
 
 
-def in_this_process(setup: Setup, items: Any, workers: int, finished: Any) -> None:
-    worker = Worker(setup, setup.journal_path())
-    for item in items:
-        finished(worker.finish(item))
-
-
 @pytest.mark.usefixtures("squares")
 def test_a_boosted_batch_evaluates_as_evaluate_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(batch_run.BACKENDS, "local", in_this_process)  # which knows the data set
+    monkeypatch.setitem(batch_run.BACKENDS, "local", in_process)  # which knows the data set
     fixed = ["gfsam", "--dataset", "squares", "--fold", 0, "--shot", 2, "--episodes", 3, "--threads", 1]
     boost = ["--artifact", "artifacts/gfsam-tiny", "--boost", "gsm", "--boost-set", "regions=4", "--json"]
     alone = fssdeploy("evaluate", *fixed, *boost).json

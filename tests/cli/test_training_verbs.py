@@ -100,7 +100,7 @@ def test_a_finished_run_says_so_again(chain: tuple[Path, dict[str, Answer]]) -> 
 
 
 def test_a_sam_continues_another_with_every_mask_taught(chain: tuple[Path, dict[str, Answer]], tmp_path: Path) -> None:
-    """Two steps change the heads of the three masks wherever the first prompt was a box, too."""
+    """It begins with the weights that are given, and the settings say so."""
     runs, _ = chain
     begin = read_checkpoint(runs / "sam/sam.safetensors")
     arguments = ["--pictures", 6, "--phases", "2x1x208", "--weights", begin.file, *QUICK]
